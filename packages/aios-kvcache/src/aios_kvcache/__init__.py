@@ -1,1 +1,64 @@
-"""aios-kvcache."""
+"""Where do keys and values live? Pages, block tables, the prefix cache, and attention that reads pages.
+
+Bookkeeping (no torch):
+    `BlockManager`      which page holds which token of which sequence
+    `BlockCopy`         a page to copy before the step: copy-on-write
+    `PrefixCacheStats`  what prefix caching saved
+    `PoolPlan`, `plan_pool`, `available_memory`, `device_budget`   how many pages there is room for
+Numbers (torch):
+    `PagedKVCache`      the pages, filling the socket `aios_model.KVCache`
+    `SequenceSlice`     one sequence's share of a step
+Errors:
+    `SequenceError`, `UnknownSequenceError`, `DuplicateSequenceError`, `PoolTooSmallError`
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aios_kvcache.attention_plan import SequenceSlice
+    from aios_kvcache.block import BlockCopy
+    from aios_kvcache.block_manager import BlockManager
+    from aios_kvcache.errors import DuplicateSequenceError, PoolTooSmallError, SequenceError, UnknownSequenceError
+    from aios_kvcache.paged_cache import PagedKVCache
+    from aios_kvcache.prefix_cache import PrefixCacheStats
+    from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
+
+__all__ = [
+    "BlockCopy",
+    "BlockManager",
+    "DuplicateSequenceError",
+    "PagedKVCache",
+    "PoolPlan",
+    "PoolTooSmallError",
+    "PrefixCacheStats",
+    "SequenceError",
+    "SequenceSlice",
+    "UnknownSequenceError",
+    "available_memory",
+    "device_budget",
+    "plan_pool",
+]
+
+_HOMES = {
+    "attention_plan": ("SequenceSlice",),
+    "block": ("BlockCopy",),
+    "block_manager": ("BlockManager",),
+    "errors": ("DuplicateSequenceError", "PoolTooSmallError", "SequenceError", "UnknownSequenceError"),
+    "paged_cache": ("PagedKVCache",),
+    "prefix_cache": ("PrefixCacheStats",),
+    "sizing": ("PoolPlan", "available_memory", "device_budget", "plan_pool"),
+}
+_MODULE_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -9,7 +9,7 @@
      ├─ ChatTemplateError    the model's template refused the messages             (also a ValueError)
      └─ InvalidRequestError  a prompt or sampling parameter is out of range        (also a ValueError)
 
-Upper layers hang their own branches on `AiosError`. A message says what was wrong, which value, and what to do about it.
+Upper layers hang their own branches on `AiosError`. A message says what was wrong, which value, and what to do.
 """
 
 from __future__ import annotations

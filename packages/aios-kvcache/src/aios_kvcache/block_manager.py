@@ -1,0 +1,367 @@
+"""Which page holds which token: block tables, reference counts, sharing and eviction. Plain Python.
+
+The virtual memory of an inference engine (Kwon et al. 2023, arXiv 2309.06180). A sequence sees its tokens in a row; its
+block table says in which page each run of `block_size` tokens lies. Pages may be shared: by sequences with the same
+prefix, found through the prefix cache, and by forks. A page that no one holds stays findable until its room is needed.
+
+A sequence's life:
+
+    open      the block table starts with the longest cached prefix
+    reserve   room for the tokens of the next step, all or nothing
+    publish   pages that the step filled can be found by others
+    truncate  the newest tokens are dropped again (speculation that failed)
+    free      the pages go back
+
+The scheduler is its only caller, from one thread; nothing here is locked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from aios_kvcache.block import Block, BlockCopy, FreeQueue, PageContent
+from aios_kvcache.errors import DuplicateSequenceError, SequenceError, UnknownSequenceError
+from aios_kvcache.layout import FIRST_BLOCK, num_blocks_for
+from aios_kvcache.prefix_cache import PageHash, PrefixCache, PrefixCacheStats
+from aios_model.errors import ConfigError
+
+__all__ = ["BlockCopy", "BlockManager", "PrefixCacheStats"]
+
+
+class BlockManager:
+    """Hands out the pages 1..`num_blocks`; page 0 is the null page, which padding reads and nobody owns.
+
+    Args:
+        num_blocks: Pages to hand out.
+        block_size: Tokens per page.
+        enable_prefix_caching: Whether published pages are found by later sequences.
+        hash_function: Files published pages; see `prefix_cache.py`.
+
+    Raises:
+        ConfigError: A size is below one.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        hash_function: PageHash = hash,
+    ) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ConfigError(f"num_blocks and block_size must be positive, got {num_blocks} and {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.stats = PrefixCacheStats()
+        self._blocks = [Block(block_id) for block_id in range(FIRST_BLOCK + num_blocks)]
+        self._free_queue = FreeQueue(self._blocks[FIRST_BLOCK:])
+        self._cache = PrefixCache(hash_function)
+        self._sequences: dict[str, _Sequence] = {}
+        self._just_opened: _Sequence | None = None  # nothing else has changed since it was opened
+
+    # -- Reading ---------------------------------------------------------------------------------
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Pages that `reserve` can take: unused ones, and cached ones that no sequence holds."""
+        return self._free_queue.num_blocks
+
+    @property
+    def num_cached_blocks(self) -> int:
+        """Pages that the prefix cache can find, held by a sequence or not."""
+        return len(self._cache)
+
+    @property
+    def usage(self) -> float:
+        """Share of the pages that sequences hold, 0 to 1."""
+        return 1.0 - self._free_queue.num_blocks / self.num_blocks
+
+    def can_fit(self, num_tokens: int) -> bool:
+        """Whether a sequence of so many tokens fits into the pool when it has the pool to itself."""
+        return num_blocks_for(num_tokens, self.block_size) <= self.num_blocks
+
+    def block_table(self, sequence_id: str) -> list[int]:
+        """The sequence's pages in the order of its tokens; a copy, which a step's plan may keep."""
+        return self._get(sequence_id).table.copy()
+
+    # -- A sequence's life -----------------------------------------------------------------------
+
+    def open(self, sequence_id: str, token_ids: Sequence[int], *, salt: str = "") -> int:
+        """Starts a sequence with the longest cached prefix of `token_ids`: whole pages, at most all but one token.
+
+        One token is always left to compute, since its logits are wanted. If there turns out to be no room
+        (`reserve` returns None), `free` undoes this without a trace in the order of eviction or in the statistics.
+
+        Args:
+            sequence_id: A name that no open sequence has.
+            token_ids: The tokens known so far.
+            salt: Only sequences of equal salt share pages: one per tenant that must not notice the others.
+
+        Returns:
+            How many tokens were found; computing starts behind them.
+
+        Raises:
+            DuplicateSequenceError: The id is open already.
+        """
+        if sequence_id in self._sequences:
+            raise DuplicateSequenceError(sequence_id)
+        sequence = _Sequence(salt, num_queried=len(token_ids))
+        self._sequences[sequence_id] = sequence
+        if self.enable_prefix_caching:
+            self._hold_cached_prefix(sequence, token_ids)
+        self._just_opened = sequence
+        return sequence.num_published * self.block_size
+
+    def reserve(self, sequence_id: str, *, start: int, end: int) -> list[BlockCopy] | None:
+        """Makes the slots [start, end) exist and writable, and those before `start` exist.
+
+        Pages in that range which others can see, through a fork or through the prefix cache, are replaced by copies.
+
+        Returns:
+            Copies to carry out, in this order, before anything is written; None if there are not enough free pages,
+            in which case nothing has changed.
+
+        Raises:
+            UnknownSequenceError: No such sequence.
+            SequenceError: `start` and `end` are no range.
+        """
+        sequence = self._get(sequence_id)
+        if not 0 <= start <= end:
+            raise SequenceError(f"sequence {sequence_id!r}: [{start}, {end}) is no range of slots")
+        blocks, table, num_blocks = self._blocks, sequence.table, -(-end // self.block_size)
+        num_held = len(table)
+        shared: list[int] = []
+        for index in range(start // self.block_size, num_blocks if num_blocks < num_held else num_held):
+            block = blocks[table[index]]
+            if block.ref_count > 1 or block.content is not None:
+                shared.append(index)
+        copies: list[BlockCopy] = []
+        if num_blocks > num_held or shared:
+            if max(num_blocks - num_held, 0) + len(shared) > self._free_queue.num_blocks:
+                return None
+            self._just_opened = None
+            copies = [self._copy_on_write(sequence, index) for index in shared]
+            table.extend([self._take_free_block().block_id for _ in range(num_blocks - num_held)])
+        if sequence.num_queried:
+            self._count_admission(sequence)
+        return copies
+
+    def publish(self, sequence_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+        """Lets others find the pages that are full and computed by now.
+
+        A page whose content another sequence published in the meantime is given back, and the other's page takes its
+        place in the block table: two sequences that computed the same prefix in the same step end up sharing it.
+
+        Args:
+            sequence_id: The sequence.
+            token_ids: Its tokens; at least the computed ones.
+            num_computed_tokens: Leading tokens whose keys and values are in the pages, in every layer.
+
+        Raises:
+            UnknownSequenceError: No such sequence.
+            SequenceError: More is said to be computed than there are tokens or slots, or the tokens of a page that
+                is published already have changed without `reserve`.
+        """
+        sequence = self._get(sequence_id)
+        if num_computed_tokens // self.block_size > sequence.num_published and self.enable_prefix_caching:
+            if num_computed_tokens > min(len(token_ids), len(sequence.table) * self.block_size):
+                raise SequenceError(
+                    f"sequence {sequence_id!r} has {len(token_ids)} tokens and {len(sequence.table)} pages of "
+                    f"{self.block_size}; {num_computed_tokens} tokens cannot be computed"
+                )
+            self._publish_pages(sequence, token_ids, num_computed_tokens // self.block_size)
+
+    def fork(self, parent_id: str, child_id: str) -> None:
+        """Starts a sequence that shares all pages of another; whoever writes into a shared page first copies it.
+
+        Raises:
+            UnknownSequenceError: No such parent.
+            DuplicateSequenceError: The child's id is open already.
+        """
+        parent = self._get(parent_id)
+        if child_id in self._sequences:
+            raise DuplicateSequenceError(child_id)
+        child = _Sequence(parent.salt, num_queried=0)
+        child.table = parent.table.copy()
+        child.num_published = parent.num_published
+        for block_id in child.table:
+            self._hold(self._blocks[block_id])
+        self._sequences[child_id] = child
+        self._just_opened = None
+
+    def truncate(self, sequence_id: str, num_tokens: int) -> None:
+        """Forgets all tokens but the first `num_tokens` and gives back the pages that no longer hold any.
+
+        Raises:
+            UnknownSequenceError: No such sequence.
+            SequenceError: It does not have that many slots.
+        """
+        sequence = self._get(sequence_id)
+        num_kept = num_blocks_for(num_tokens, self.block_size)
+        if not 0 <= num_kept <= len(sequence.table):
+            raise SequenceError(
+                f"sequence {sequence_id!r} cannot be truncated to {num_tokens} tokens: "
+                f"it has {len(sequence.table)} pages of {self.block_size}"
+            )
+        self._release(sequence.table[num_kept:])
+        del sequence.table[num_kept:]
+        sequence.num_published = min(sequence.num_published, num_tokens // self.block_size)
+        self._just_opened = None
+
+    def free(self, sequence_id: str) -> None:
+        """Gives all pages of a sequence back; published ones stay findable until their room is needed.
+
+        Raises:
+            UnknownSequenceError: No such sequence; it may have been freed before.
+        """
+        sequence = self._get(sequence_id)
+        del self._sequences[sequence_id]
+        self._release(sequence.table, undo=sequence is self._just_opened)
+        self._just_opened = None
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all published pages, for instance because the weights changed; False if any page is in use."""
+        if self._free_queue.num_blocks < self.num_blocks:
+            return False
+        self._cache.clear()
+        return True
+
+    # -- Checking --------------------------------------------------------------------------------
+
+    def check_invariants(self) -> None:
+        """Asserts that the books balance; walks over everything, for tests and for idle moments."""
+        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.table)
+        usable = self._blocks[FIRST_BLOCK:]
+        for block in self._blocks:
+            assert block.ref_count == holders[block.block_id], f"{block} is held {holders[block.block_id]} times"
+        free = [block.block_id for block in self._free_queue]
+        assert len(free) == len(set(free)) == self.num_free_blocks, "the free queue miscounts"
+        assert set(free) == {block.block_id for block in usable if block.ref_count == 0}, "free is not unused"
+        assert len(free) + len(holders) == self.num_blocks, "free + used pages are not all pages"
+        assert set(self._cache) == {block for block in self._blocks if block.content}, "published pages are misfiled"
+        self._cache.check_invariants()
+        for sequence_id, sequence in self._sequences.items():
+            self._check_sequence(sequence_id, sequence)
+
+    def _check_sequence(self, sequence_id: str, sequence: _Sequence) -> None:
+        assert len(set(sequence.table)) == len(sequence.table), f"{sequence_id!r} holds a page twice"
+        assert sequence.num_published <= len(sequence.table), f"{sequence_id!r} published what it does not hold"
+        parent_id = 0
+        for block_id in sequence.table[: sequence.num_published]:
+            content = self._blocks[block_id].content
+            assert content is not None, f"{sequence_id!r} counts the private page {block_id} as published"
+            assert content.parent_id == parent_id, f"page {block_id} of {sequence_id!r} stands in a wrong chain"
+            assert content.salt == sequence.salt, f"page {block_id} of {sequence_id!r} has another salt"
+            assert len(content.tokens) == self.block_size, f"page {block_id} was published before it was full"
+            parent_id = content.content_id
+
+    # -- Moving pages ----------------------------------------------------------------------------
+
+    def _get(self, sequence_id: str) -> _Sequence:
+        try:
+            return self._sequences[sequence_id]
+        except KeyError:
+            raise UnknownSequenceError(sequence_id) from None
+
+    def _hold_cached_prefix(self, sequence: _Sequence, token_ids: Sequence[int]) -> None:
+        size, parent = self.block_size, None
+        for start in range(0, len(token_ids) - size, size):
+            block = self._cache.find(parent, tuple(token_ids[start : start + size]), sequence.salt)
+            if block is None:
+                break
+            self._hold(block)
+            sequence.table.append(block.block_id)
+            parent = block.content
+        sequence.num_published = len(sequence.table)
+
+    def _count_admission(self, sequence: _Sequence) -> None:
+        self.stats.queries += sequence.num_queried
+        self.stats.hits += sequence.num_published * self.block_size
+        sequence.num_queried = 0
+
+    def _publish_pages(self, sequence: _Sequence, token_ids: Sequence[int], num_full: int) -> None:
+        size, table = self.block_size, sequence.table
+        parent = self._last_published(sequence)
+        for index in range(sequence.num_published, num_full):
+            block = self._blocks[table[index]]
+            tokens = tuple(token_ids[index * size : (index + 1) * size])
+            keeper = self._publish_page(block, parent, tokens, sequence.salt)
+            if keeper is None:  # a hash collision: the page stays private, and so do those behind it
+                return
+            if keeper is not block:
+                self._hold(keeper)
+                table[index] = keeper.block_id
+                self._release([block.block_id])
+                self._just_opened = None
+            sequence.num_published = index + 1
+            parent = keeper.content
+
+    def _publish_page(
+        self, block: Block, parent: PageContent | None, tokens: tuple[int, ...], salt: str
+    ) -> Block | None:
+        if block.content is None:
+            return self._cache.add(block, parent, tokens, salt)
+        if not block.content.holds(parent, tokens, salt):
+            raise SequenceError(f"page {block.block_id} is published with other tokens; reserve() before writing")
+        return block  # a fork published it, or it was truncated and not written since
+
+    def _last_published(self, sequence: _Sequence) -> PageContent | None:
+        if not sequence.num_published:
+            return None
+        return self._blocks[sequence.table[sequence.num_published - 1]].content
+
+    def _copy_on_write(self, sequence: _Sequence, index: int) -> BlockCopy:
+        source = sequence.table[index]
+        destination = self._take_free_block().block_id
+        sequence.table[index] = destination
+        sequence.num_published = min(sequence.num_published, index)
+        self._release([source])
+        return BlockCopy(source, destination)
+
+    def _take_free_block(self) -> Block:
+        block = self._free_queue.pop_front()
+        if block.content is not None:
+            self._cache.remove(block)
+            self.stats.evictions += 1
+        block.ref_count = 1
+        return block
+
+    def _hold(self, block: Block) -> None:
+        if block.ref_count == 0:
+            self._free_queue.remove(block)
+        block.ref_count += 1
+
+    def _release(self, block_ids: Sequence[int], *, undo: bool = False) -> None:
+        """Lets go of pages, the last one first: the end of a prefix is worth less than its beginning."""
+        for block_id in reversed(block_ids):
+            block = self._blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count:
+                continue
+            if undo:
+                self._free_queue.put_back(block)
+            elif block.content is None:  # worth nothing to anyone: used next, while it is still warm
+                self._free_queue.push_front(block)
+            else:
+                self._free_queue.push_back(block)
+
+
+class _Sequence:
+    """One sequence's pages.
+
+    Attributes:
+        table: Page ids in the order of the tokens.
+        num_published: Leading pages that are published; their contents form one chain.
+        num_queried: Tokens with which it was opened, until its admission has been counted.
+    """
+
+    __slots__ = ("num_published", "num_queried", "salt", "table")
+
+    def __init__(self, salt: str, *, num_queried: int) -> None:
+        self.table: list[int] = []
+        self.salt = salt
+        self.num_published = 0
+        self.num_queried = num_queried

@@ -1,0 +1,419 @@
+"""Random calls against a model that knows what every slot must hold, and planted bugs that it must find.
+
+The model gives each slot a value that stands for its keys and values: the salt and all tokens up to the slot's own,
+for that is what they depend on. Whatever the block manager shares, copies and evicts, each sequence must find its own
+values in its own slots.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from aios_kvcache.block import FreeQueue, PageContent
+from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.prefix_cache import PrefixCache
+
+BLOCK_SIZE = 3
+VOCABULARY = 2
+SALTS = ("", "tenant")
+
+
+@dataclass
+class Modelled:
+    salt: str
+    tokens: list[int]
+    computed: int
+
+
+class ModelDriver:
+    """Calls a block manager and checks each answer against plain dictionaries."""
+
+    def __init__(self, *, num_blocks: int, hash_function=hash) -> None:
+        self.manager = BlockManager(num_blocks=num_blocks, block_size=BLOCK_SIZE, hash_function=hash_function)
+        self.collisions = hash_function is not hash
+        self.running: dict[str, Modelled] = {}
+        self.memory: dict[tuple[int, int], object] = {}
+        self.published: dict[int, tuple[str, tuple[int, ...]]] = {}
+        self.released: dict[int, int] = {}
+        self.clock = 0
+        self.queries = self.hits = self.evictions = self.num_opened = self.num_refused = 0
+
+    # -- calls
+
+    def admit(self, tokens: list[int], salt: str, chunk: int) -> None:
+        self.num_opened += 1
+        name = f"s{self.num_opened}"
+        before = self._free_order()
+        cached = self.manager.open(name, tokens, salt=salt)
+        expected = self._expected_hits(tokens, salt)
+        assert cached <= expected if self.collisions else cached == expected
+        self.running[name] = Modelled(salt, list(tokens), cached)
+        self.check_memory()
+        if self._compute(name, min(len(tokens), cached + chunk)):
+            self.queries += len(tokens)
+            self.hits += cached
+        else:
+            self.num_refused += 1
+            del self.running[name]
+            self.manager.free(name)
+            assert self._free_order() == before, "a failed admission changed the order of eviction"
+        self.check()
+
+    def advance(self, name: str, new_tokens: list[int], *, publish: bool) -> None:
+        sequence = self.running[name]
+        if sequence.computed == len(sequence.tokens):
+            sequence.tokens.extend(new_tokens)
+        end = min(len(sequence.tokens), sequence.computed + len(new_tokens))
+        self._compute(name, end, publish=publish)
+        self.check()
+
+    def fork(self, name: str) -> None:
+        self.num_opened += 1
+        child, parent = f"s{self.num_opened}", self.running[name]
+        self.manager.fork(name, child)
+        self.running[child] = Modelled(parent.salt, list(parent.tokens), parent.computed)
+        self.check()
+
+    def truncate(self, name: str, num_tokens: int) -> None:
+        sequence = self.running[name]
+        sequence.computed = min(sequence.computed, num_tokens)
+        del sequence.tokens[max(sequence.computed, 1) :]
+        self.manager.truncate(name, sequence.computed)
+        self.check()
+
+    def free(self, name: str) -> None:
+        del self.running[name]
+        self.manager.free(name)
+        self.check()
+
+    def reset(self) -> None:
+        in_use = self.manager.num_free_blocks < self.manager.num_blocks
+        assert self.manager.reset_prefix_cache() is not in_use
+        if not in_use:
+            self.published.clear()
+        self.check()
+
+    # -- checks
+
+    def check(self) -> None:
+        self.manager.check_invariants()
+        self._check_evictions()
+        self.check_memory()
+        stats = self.manager.stats
+        assert (stats.queries, stats.hits, stats.evictions) == (self.queries, self.hits, self.evictions)
+        held = self._held()
+        assert self.manager.num_free_blocks == self.manager.num_blocks - len(held)
+        assert self.manager.num_cached_blocks == len(self.published)
+        known = {("", ()), ("tenant", ()), *self.published.values()}
+        for salt, prefix in self.published.values():
+            assert (salt, prefix[:-BLOCK_SIZE]) in known, "a page outlived the page before it, and can never be found"
+        self.clock += 1
+        for page in self.published:
+            if page in held:
+                self.released.pop(page, None)
+            else:
+                self.released.setdefault(page, self.clock)
+
+    def check_memory(self) -> None:
+        for name, sequence in self.running.items():
+            table = self.manager.block_table(name)
+            for position in range(sequence.computed):
+                slot = table[position // BLOCK_SIZE], position % BLOCK_SIZE
+                expected = sequence.salt, tuple(sequence.tokens[: position + 1])
+                assert self.memory.get(slot) == expected, f"{name} reads another's keys at position {position}"
+
+    def _compute(self, name: str, end: int, *, publish: bool = True) -> bool:
+        sequence = self.running[name]
+        table, free = self.manager.block_table(name), self.manager.num_free_blocks
+        copies = self.manager.reserve(name, start=sequence.computed, end=end)
+        if copies is None:
+            assert (self.manager.block_table(name), self.manager.num_free_blocks) == (table, free)
+            assert self._pages_needed(name, table, sequence.computed, end) > free, "refused in spite of room"
+            return False
+        for copy in copies:
+            for offset in range(BLOCK_SIZE):
+                self.memory[copy.destination, offset] = self.memory.get((copy.source, offset))
+        self._check_evictions()
+        table = self.manager.block_table(name)
+        for position in range(sequence.computed, end):
+            page = table[position // BLOCK_SIZE]
+            assert page not in self.published, f"{name} would write into the published page {page}"
+            self.memory[page, position % BLOCK_SIZE] = sequence.salt, tuple(sequence.tokens[: position + 1])
+        sequence.computed = end
+        if publish:
+            self.manager.publish(name, sequence.tokens, end)
+            for index, page in enumerate(self.manager.block_table(name)[: end // BLOCK_SIZE]):
+                if self.manager._blocks[page].content is not None:
+                    prefix = tuple(sequence.tokens[: (index + 1) * BLOCK_SIZE])
+                    assert self.published.setdefault(page, (sequence.salt, prefix)) == (sequence.salt, prefix)
+                else:
+                    assert self.collisions, "a full and computed page was not published"
+        return True
+
+    def _pages_needed(self, name: str, table: list[int], start: int, end: int) -> int:
+        others = [page for other in self.running if other != name for page in self.manager.block_table(other)]
+        written = table[start // BLOCK_SIZE : -(-end // BLOCK_SIZE)]
+        return -(-end // BLOCK_SIZE) - len(table) + sum(p in others or p in self.published for p in written)
+
+    def _expected_hits(self, tokens: list[int], salt: str) -> int:
+        known = set(self.published.values())
+        hits = 0
+        while hits + BLOCK_SIZE < len(tokens) and (salt, tuple(tokens[: hits + BLOCK_SIZE])) in known:
+            hits += BLOCK_SIZE
+        return hits
+
+    def _check_evictions(self) -> None:
+        """Published pages may vanish only for room: when no private page is free, and the oldest first."""
+        evicted = [page for page in self.published if self.manager._blocks[page].content is None]
+        for page in evicted:
+            del self.published[page]
+        self.evictions += len(evicted)
+        if evicted:
+            free = set(self._free_order())
+            assert free <= set(self.published), "a cached page was evicted though a private page was free"
+            newest = max(self.released.pop(page) for page in evicted)
+            assert all(self.released.get(page, newest) >= newest for page in free), "a newer page was evicted first"
+
+    def _held(self) -> set[int]:
+        return {page for name in self.running for page in self.manager.block_table(name)}
+
+    def _free_order(self) -> list[int]:
+        return [block.block_id for block in self.manager._free_queue]
+
+
+def drive(driver: ModelDriver, *, seed: int, num_operations: int) -> None:
+    """Draws operations with the weights of a busy server."""
+    draw = random.Random(seed)
+    for _ in range(num_operations):
+        names = list(driver.running)
+        kind = draw.choices(("admit", "advance", "fork", "truncate", "free", "reset"), (3, 6, 1, 1, 2.5, 0.3))[0]
+        if kind == "admit" or (not names and kind != "reset"):
+            tokens = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 14))]
+            tail = [0] * draw.choice((0, 0, 0, BLOCK_SIZE * driver.manager.num_blocks))  # some can never fit
+            driver.admit(tokens + tail, draw.choice(SALTS), draw.randint(1, 14) + len(tail))
+        elif kind == "advance":
+            tokens = [draw.randrange(VOCABULARY) for _ in range(draw.randint(1, 4))]
+            driver.advance(draw.choice(names), tokens, publish=draw.random() < 0.8)
+        elif kind == "reset":
+            driver.reset()
+        elif kind == "truncate":
+            name = draw.choice(names)
+            driver.truncate(name, draw.randint(0, driver.running[name].computed))
+        else:
+            getattr(driver, kind)(draw.choice(names))
+    for name in list(driver.running):
+        driver.free(name)
+    assert driver.manager.num_free_blocks == driver.manager.num_blocks
+
+
+HASH_FUNCTIONS = {"hash": hash, "constant": lambda _: 0, "two values": lambda key: hash(key[:2]) % 2}
+
+
+@pytest.mark.parametrize("hash_name", HASH_FUNCTIONS)
+@pytest.mark.parametrize("num_blocks", [1, 5, 12, 40])
+def test_thousands_of_random_operations_keep_every_sequence_intact(num_blocks, hash_name):
+    driver = ModelDriver(num_blocks=num_blocks, hash_function=HASH_FUNCTIONS[hash_name])
+    drive(driver, seed=num_blocks, num_operations=1500)
+    assert driver.queries > 0
+    assert driver.num_refused > 0
+    if num_blocks in (5, 12) and hash_name == "hash":
+        assert driver.hits > 0
+        assert driver.evictions > 0
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    tokens = st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=14)
+    choice = st.integers(0, 1000)
+
+    @initialize(num_blocks=st.integers(1, 12), hash_name=st.sampled_from(sorted(HASH_FUNCTIONS)))
+    def start(self, num_blocks, hash_name):
+        self.driver = ModelDriver(num_blocks=num_blocks, hash_function=HASH_FUNCTIONS[hash_name])
+
+    @rule(tokens=tokens, salt=st.sampled_from(SALTS), chunk=st.integers(1, 14))
+    def admit(self, tokens, salt, chunk):
+        self.driver.admit(tokens, salt, chunk)
+
+    @precondition(lambda self: self.driver.running)
+    @rule(choice=choice, tokens=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=4), publish=st.booleans())
+    def advance(self, choice, tokens, publish):
+        self.driver.advance(self.pick(choice), tokens, publish=publish)
+
+    @precondition(lambda self: self.driver.running)
+    @rule(choice=choice)
+    def fork(self, choice):
+        self.driver.fork(self.pick(choice))
+
+    @precondition(lambda self: self.driver.running)
+    @rule(choice=choice, num_tokens=st.integers(0, 20))
+    def truncate(self, choice, num_tokens):
+        self.driver.truncate(self.pick(choice), num_tokens)
+
+    @precondition(lambda self: self.driver.running)
+    @rule(choice=choice)
+    def free(self, choice):
+        self.driver.free(self.pick(choice))
+
+    @rule()
+    def reset(self):
+        self.driver.reset()
+
+    @invariant()
+    def holds(self):
+        if hasattr(self, "driver"):
+            self.driver.check()
+
+    def pick(self, choice):
+        return sorted(self.driver.running)[choice % len(self.driver.running)]
+
+
+BlockManagerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, database=None)
+TestBlockManagerMachine = BlockManagerMachine.TestCase
+
+
+def _forgets_to_count_down(monkeypatch):
+    release = BlockManager._release
+
+    def broken(self, block_ids, *, undo=False):
+        release(self, block_ids[1:] if len(block_ids) > 2 else block_ids, undo=undo)
+
+    monkeypatch.setattr(BlockManager, "_release", broken)
+
+
+def _forgets_to_count_up(monkeypatch):
+    def broken(self, block):
+        if block.ref_count == 0:
+            self._free_queue.remove(block)
+            block.ref_count = 1
+
+    monkeypatch.setattr(BlockManager, "_hold", broken)
+
+
+def _writes_into_shared_pages(monkeypatch):
+    reserve = BlockManager.reserve
+
+    def broken(self, sequence_id, *, start, end):
+        table = self._sequences[sequence_id].table
+        return reserve(self, sequence_id, start=max(start, min(len(table) * self.block_size, end)), end=end)
+
+    monkeypatch.setattr(BlockManager, "reserve", broken)
+
+
+def _copies_the_wrong_way(monkeypatch):
+    copy_on_write = BlockManager._copy_on_write
+
+    def broken(self, sequence, index):
+        copy = copy_on_write(self, sequence, index)
+        return type(copy)(copy.destination, copy.source)
+
+    monkeypatch.setattr(BlockManager, "_copy_on_write", broken)
+
+
+def _trusts_the_hash(monkeypatch):
+    monkeypatch.setattr(PageContent, "holds", lambda *_: True)
+
+
+def _compares_tokens_but_not_the_parent(monkeypatch):
+    monkeypatch.setattr(PageContent, "holds", lambda self, _, tokens, salt: (self.tokens, self.salt) == (tokens, salt))
+
+
+def _ignores_the_salt(monkeypatch):
+    def broken(self, parent, tokens, _):
+        return self.tokens == tokens and self.parent_id == (parent.content_id if parent else 0)
+
+    monkeypatch.setattr(PageContent, "holds", broken)
+
+
+def _keeps_evicted_pages_findable(monkeypatch):
+    monkeypatch.setattr(PrefixCache, "remove", lambda self, block: setattr(block, "content", None))
+
+
+def _evicts_the_newest(monkeypatch):
+    monkeypatch.setattr(FreeQueue, "push_back", FreeQueue.push_front)
+
+
+def _frees_the_beginning_first(monkeypatch):
+    release = BlockManager._release
+    monkeypatch.setattr(BlockManager, "_release", lambda self, ids, undo=False: release(self, ids[::-1], undo=undo))
+
+
+def _forgets_where_a_page_stood(monkeypatch):
+    monkeypatch.setattr(FreeQueue, "put_back", FreeQueue.push_back)
+
+
+def _undoes_what_is_no_longer_the_last_step(monkeypatch):
+    free = BlockManager.free
+
+    def broken(self, sequence_id):
+        just_opened = self._just_opened
+        free(self, sequence_id)
+        self._just_opened = just_opened
+
+    monkeypatch.setattr(BlockManager, "free", broken)
+    monkeypatch.setattr(BlockManager, "_take_free_block", _take_without_forgetting(BlockManager._take_free_block))
+
+
+def _take_without_forgetting(take):
+    def broken(self):
+        self._just_opened = next(reversed(self._sequences.values()), None)
+        return take(self)
+
+    return broken
+
+
+def _publishes_before_computing(monkeypatch):
+    publish = BlockManager.publish
+
+    def broken(self, sequence_id, token_ids, num_computed_tokens):
+        room = min(len(token_ids), len(self._sequences[sequence_id].table) * self.block_size)
+        publish(self, sequence_id, token_ids, room if room else num_computed_tokens)
+
+    monkeypatch.setattr(BlockManager, "publish", broken)
+
+
+def _counts_refused_admissions(monkeypatch):
+    open_sequence = BlockManager.open
+
+    def broken(self, sequence_id, token_ids, *, salt=""):
+        cached = open_sequence(self, sequence_id, token_ids, salt=salt)
+        self._count_admission(self._sequences[sequence_id])
+        return cached
+
+    monkeypatch.setattr(BlockManager, "open", broken)
+
+
+BUGS = [
+    _forgets_to_count_down,
+    _forgets_to_count_up,
+    _writes_into_shared_pages,
+    _copies_the_wrong_way,
+    _trusts_the_hash,
+    _compares_tokens_but_not_the_parent,
+    _ignores_the_salt,
+    _keeps_evicted_pages_findable,
+    _evicts_the_newest,
+    _frees_the_beginning_first,
+    _forgets_where_a_page_stood,
+    _undoes_what_is_no_longer_the_last_step,
+    _publishes_before_computing,
+    _counts_refused_admissions,
+]
+
+
+@pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__.strip("_"))
+def test_the_model_catches_a_manager_that(plant, monkeypatch):
+    plant(monkeypatch)
+
+    def run_all():
+        for hash_name in ("hash", "two values"):
+            for seed in range(5):
+                driver = ModelDriver(num_blocks=10 + 5 * seed, hash_function=HASH_FUNCTIONS[hash_name])
+                drive(driver, seed=seed, num_operations=400)
+
+    with pytest.raises((AssertionError, KeyError)):
+        run_all()

@@ -1,0 +1,116 @@
+"""May the next one come in? The question asked of the request at the front of the queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from aios_kvcache.block import BlockCopy
+    from aios_kvcache.block_manager import BlockManager
+    from aios_sched.config import SchedulerConfig
+    from aios_sched.request import Request
+
+
+class Admission:
+    """Gives pages to requests that have none, or makes them wait.
+
+    A request gets the pages of all its known tokens at once, though its prompt may be computed in many chunks: were
+    they given chunk by chunk, two half-read prompts could each hold what the other one lacks.
+
+    Args:
+        config: The scheduler's.
+        block_manager: The pool.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager) -> None:
+        self._chunked = config.enable_chunked_prefill
+        self._block_manager = block_manager
+        self._block_size = block_manager.block_size
+        # A page that holds a whole sequence never needs a second one: the contiguous policy needs no reserve.
+        paged = block_manager.block_size < config.max_model_len
+        self._watermark = max(1, int(block_manager.num_blocks * config.watermark)) if paged and config.watermark else 0
+        self._refusal: _Refusal | None = None
+
+    def admit(self, request: Request, *, running: Sequence[Request], budget: int) -> list[BlockCopy] | None:
+        """Opens the request's block table with what the prefix cache has, and takes pages for the rest.
+
+        Args:
+            request: One that waits.
+            running: Those that run. Without any, there is nothing to wait for and no reserve to keep.
+            budget: Tokens that the step has left.
+
+        Returns:
+            Pages to copy before the request runs; None if it has to wait, and then nothing has changed.
+        """
+        if running and self._is_still_refused(request, budget):
+            return None
+        manager, request_id = self._block_manager, request.request_id
+        num_free_blocks = manager.num_free_blocks
+        num_cached = manager.open(request_id, request.token_ids, salt=request.cache_salt)
+        copies = None
+        try:
+            self._refusal = self._reason_to_wait(request, num_cached, num_free_blocks, running, budget)
+            if self._refusal is None:
+                copies = manager.reserve(request_id, start=num_cached, end=request.num_tokens)
+        finally:
+            if copies is None:
+                manager.free(request_id)
+        if copies is not None:
+            request.num_computed_tokens = num_cached
+            if not request.num_preemptions:
+                request.num_cached_tokens = num_cached
+        return copies
+
+    def _is_still_refused(self, request: Request, budget: int) -> bool:
+        """Spares a blocked request from being hashed again in every step: it is looked at once there is more room."""
+        refusal = self._refusal
+        if refusal is None or refusal.request is not request:
+            return False
+        return self._block_manager.num_free_blocks < refusal.num_free_blocks or budget < refusal.budget
+
+    def _reason_to_wait(
+        self, request: Request, num_cached: int, num_free_blocks: int, running: Sequence[Request], budget: int
+    ) -> _Refusal | None:
+        if not running:
+            return None
+        num_rest = request.num_tokens - num_cached
+        if num_rest > budget and not self._chunked:
+            return _Refusal(request=request, budget=num_rest)
+        manager = self._block_manager
+        num_missing = -(-request.num_tokens // self._block_size) - len(manager.block_table(request.request_id))
+        if num_missing + self._watermark > manager.num_free_blocks:
+            return _Refusal(request=request, num_free_blocks=num_free_blocks + 1)
+        if self._is_being_computed(request, num_cached, running):
+            return _Refusal(request=request)
+        return None
+
+    def _is_being_computed(self, request: Request, num_cached: int, running: Sequence[Request]) -> bool:
+        """Whether somebody is computing the very page that this request needs next.
+
+        Then it pays to wait: of many requests with the same new prompt (the n choices of one, say), the first computes
+        it and the others find it in the cache a step later.
+        """
+        end = num_cached + self._block_size
+        # The cache never serves a request's last token, so the page that holds it is not worth waiting for.
+        if not self._block_manager.enable_prefix_caching or request.num_tokens <= end:
+            return False
+        tokens = request.token_ids[num_cached:end]
+        return any(
+            other.num_computed_tokens < end <= other.num_tokens
+            and other.token_ids[num_cached:end] == tokens
+            and other.cache_salt == request.cache_salt
+            and other.token_ids[:num_cached] == request.token_ids[:num_cached]
+            for other in running
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Refusal:
+    """What must be there before it is worth looking at a request again: so many free pages, so much budget."""
+
+    request: Request
+    num_free_blocks: int = 0
+    budget: int = 0

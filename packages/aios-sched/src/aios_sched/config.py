@@ -1,0 +1,53 @@
+"""Limits of the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aios_model.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of the scheduler.
+
+    Attributes:
+        max_num_seqs: Seats: requests that run at once.
+        max_num_batched_tokens: The token budget of a step. It must hold one token of every seat, so that no decode ever
+            waits for another; without chunked prefill it must hold the longest prompt.
+        max_model_len: Longest prompt plus output, in tokens.
+        enable_chunked_prefill: Cut prompts that exceed what is left of the budget. Off, a prompt runs whole in one
+            step, and waits until a step has room for it.
+        max_num_queued: Requests that may wait beyond those a free seat is there for; None means any number.
+        watermark: Share of the pages that admission leaves free for the requests that run, which will need more as they
+            grow; without it, a new request would be admitted only to be preempted a few steps later.
+
+    Raises:
+        ConfigError: a limit is out of range, or contradicts another.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    enable_chunked_prefill: bool = True
+    max_num_queued: int | None = None
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} cannot be used: it must be at least 1")
+        if self.max_num_queued is not None and self.max_num_queued < 0:
+            raise ConfigError(f"max_num_queued={self.max_num_queued} cannot be used: give 0 or more, or None")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark={self.watermark} cannot be used: it is a share, at least 0 and below 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: a "
+                "step must hold one token of every running request; raise the first or lower the second"
+            )
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_model_len={self.max_model_len}: "
+                "without chunked prefill a prompt runs whole in one step; raise it, or enable chunked prefill"
+            )

@@ -1,0 +1,38 @@
+"""What can go wrong between a request and its step.
+
+    AiosError
+     ├─ QueueFullError         too many requests wait already; try again later
+     ├─ SchedulingError        planning a step failed at one request
+     └─ StepResultError        a step came back without a token that it owed
+
+Only QueueFullError reaches the caller of `Engine.add`. The others end one request each, with finish_reason "error".
+"""
+
+from __future__ import annotations
+
+from aios_model.errors import AiosError
+
+
+class QueueFullError(AiosError):
+    """As many requests wait as may wait."""
+
+
+class SchedulingError(AiosError):
+    """Planning a step failed at one request; `__cause__` is what went wrong.
+
+    Attributes:
+        request_id: The request that was being planned.
+    """
+
+    def __init__(self, request_id: str, cause: Exception) -> None:
+        super().__init__(f"scheduling request {request_id!r} failed: {describe(cause)}")
+        self.request_id = request_id
+
+
+class StepResultError(AiosError):
+    """A step came back without a token that it was asked to sample, or out of order."""
+
+
+def describe(error: BaseException) -> str:
+    """One line about an error: AIOS's own messages as they are, others with the name of their type."""
+    return str(error) if isinstance(error, AiosError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,95 @@
+"""Who runs the steps: this process, other ranks, another machine. The engine sees a `submit` and a `result` only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from aios_sched.output import SchedulerOutput, StepResult
+
+
+class StepHandle(Protocol):
+    """A step on its way."""
+
+    def result(self) -> StepResult:
+        """Waits for the step; raises what it raised."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs steps, in the order of their submission."""
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """How many steps may be submitted before the first result is taken."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the model's output; the token ids of a request must be below it."""
+        ...
+
+    def submit(self, output: SchedulerOutput) -> StepHandle:
+        """Starts a step. A step that fails says so in `result()`; an exception here counts as its failure too."""
+        ...
+
+    def shutdown(self) -> None:
+        """Lets go of what runs the steps."""
+        ...
+
+
+class StepRunner(Protocol):
+    """Runs one step, here and now: `ModelRunner`, or a mock in tests."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the model's output."""
+        ...
+
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        """Computes the step's tokens, and draws the next one for each request that samples."""
+        ...
+
+
+class LocalExecutor:
+    """Runs each step in this process, before `submit` returns.
+
+    Args:
+        runner: Runs a step.
+    """
+
+    max_steps_in_flight = 1
+
+    def __init__(self, runner: StepRunner) -> None:
+        self._runner = runner
+
+    @property
+    def vocab_size(self) -> int:
+        """The runner's."""
+        return self._runner.vocab_size
+
+    def submit(self, output: SchedulerOutput) -> StepHandle:
+        """Runs the step; what it raises is kept for `result()`, where errors of every executor turn up."""
+        try:
+            return _FinishedStep(self._runner.execute(output))
+        except Exception as error:
+            return _FailedStep(error)
+
+    def shutdown(self) -> None:
+        """Nothing to let go of."""
+
+
+class _FinishedStep:
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class _FailedStep:
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def result(self) -> StepResult:
+        raise self._error

@@ -1,0 +1,58 @@
+"""How a step runs: pages, decoder, logits, tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from aios_sched.batch import pack
+from aios_sched.output import StepResult
+
+if TYPE_CHECKING:
+    from aios_kvcache.paged_cache import PagedKVCache
+    from aios_model.decoder import DecoderModel
+    from aios_model.sampling.sampler import Sampler
+    from aios_sched.output import SchedulerOutput
+
+
+class ModelRunner:
+    """Runs steps of the scheduler on one device.
+
+    Args:
+        decoder: The model.
+        cache: The pages, as many as the scheduler's block manager hands out, and of the same size.
+        sampler: Draws the tokens.
+    """
+
+    def __init__(self, decoder: DecoderModel, cache: PagedKVCache, sampler: Sampler) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._sampler = sampler
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the model's output."""
+        return self._decoder.config.vocab_size
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> StepResult:
+        """Computes the step's tokens, all layers once, and draws the next token of each request that samples.
+
+        Logits are computed for those S rows only: the head is a fifth of the bundled model's weights, and the other
+        tokens of a prompt have no use for it.
+
+        Raises:
+            SamplingError: some rows have no token to draw (their logits are not finite, or all are excluded).
+        """
+        for request_id in output.finished_request_ids:
+            self._sampler.forget(request_id)
+        self._cache.copy_blocks(output.block_copies)
+        batch = pack(output, device=self._decoder.device)
+        self._cache.bind(batch.sequences)
+        hidden_TD = self._decoder(batch.tokens_T, batch.positions_T, self._cache)
+        if not batch.sampling:
+            return StepResult(sampled={})
+        logits_SV = self._decoder.logits(hidden_TD[batch.sample_rows_S])
+        tokens = self._sampler.sample(logits_SV, batch.sampling)
+        return StepResult(sampled={row.request_id: token for row, token in zip(batch.sampling, tokens, strict=True)})

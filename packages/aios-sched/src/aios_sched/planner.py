@@ -1,0 +1,226 @@
+"""Which tokens run in the next step? The heart of continuous batching.
+
+One token budget, no phases. A step gives every running request that knows its next token a place, then the chunks of
+prompts that are being read, then newcomers, until the budget, the seats or the pages are used up. So a long prompt
+costs the others at most one step's budget of delay, never its whole length (Sarathi-Serve, arXiv 2403.02310).
+
+Nobody starves. Requests are ordered by importance: priority, then arrival. Pages flow only upwards in that order: who
+lacks one takes it from the least important, or waits with what it holds. The most important request can take from
+everyone, and alone it fits (`Scheduler.add` refuses what does not); so it finishes, and the next one takes its place.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from typing import TYPE_CHECKING
+
+from aios_model.sampling.rows import SamplingRow
+from aios_sched.admission import Admission
+from aios_sched.errors import SchedulingError
+from aios_sched.output import ScheduledRequest
+from aios_sched.request import Request, RequestStatus
+
+if TYPE_CHECKING:
+    from aios_kvcache.block import BlockCopy
+    from aios_kvcache.block_manager import BlockManager
+    from aios_sched.config import SchedulerConfig
+    from aios_sched.policy.base import WaitingQueue
+
+
+class StepPlanner:
+    """Chooses the tokens of a step; admits and preempts for it.
+
+    What is in flight is counted when the scheduler commits a plan, so a plan can be dropped halfway: whoever was
+    admitted or preempted for it stays so, and every token is there to be planned again.
+
+    Args:
+        config: Limits.
+        block_manager: The pages.
+        waiting: Those without pages, in the order of the policy.
+
+    Attributes:
+        running: Those with pages and a seat, the most important first.
+        block_copies: Copies of pages that the next step has to make; they outlive a plan that is dropped.
+        num_preemptions: Times a running request lost its pages.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, waiting: WaitingQueue) -> None:
+        self.running: list[Request] = []
+        self.block_copies: list[BlockCopy] = []
+        self.num_preemptions = 0
+        self._config = config
+        self._block_manager = block_manager
+        self._waiting = waiting
+        self._admission = Admission(config, block_manager)
+
+    def plan(self) -> StepPlan:
+        """The next step; without rows if nothing can run.
+
+        Raises:
+            SchedulingError: planning failed at one request, which it names.
+        """
+        plan = StepPlan(self._config.max_num_batched_tokens)
+        try:
+            self._plan_step(plan)
+        except Exception as error:
+            if plan.current is None:
+                raise
+            raise SchedulingError(plan.current.request_id, error) from error
+        return plan
+
+    def plan_alone(self, request: Request) -> StepPlan:
+        """A step of one running request, and as much of it as the budget holds.
+
+        Raises:
+            SchedulingError: planning failed.
+        """
+        plan = StepPlan(self._config.max_num_batched_tokens)
+        try:
+            if request.num_new_tokens and self._take_page(request):
+                self._take_tokens(request, plan)
+        except Exception as error:
+            raise SchedulingError(request.request_id, error) from error
+        return plan
+
+    def _plan_step(self, plan: StepPlan) -> None:
+        num_preemptions = self.num_preemptions
+        prefills = self._plan_decodes(plan)
+        self._plan_prefills(prefills, plan)
+        # Pages that were just taken from someone are not for newcomers.
+        if plan.budget and num_preemptions == self.num_preemptions:
+            self._plan_newcomers(plan)
+
+    def _plan_decodes(self, plan: StepPlan) -> list[Request]:
+        """Gives a place to every request with one token to compute; returns those with more.
+
+        The budget holds one token of each seat, so nobody is left out. Victims of preemption stand behind the request
+        at hand, so removing them does not disturb the iteration.
+        """
+        prefills = []
+        for request in self.running:
+            num_new = len(request.token_ids) - request.num_computed_tokens - request.num_in_flight_tokens
+            if num_new == 1:
+                plan.current = request
+                if self._take_page(request):
+                    self._take_tokens(request, plan)
+            elif num_new:  # 0: its next token is still on its way
+                prefills.append(request)
+        return prefills
+
+    def _plan_prefills(self, prefills: list[Request], plan: StepPlan) -> None:
+        """Continues prompts; they got all their pages when they were admitted."""
+        for request in prefills:
+            if request.status is not RequestStatus.RUNNING:
+                continue  # a decode took its pages a moment ago
+            plan.current = request
+            if request.num_new_tokens > plan.budget and not self._config.enable_chunked_prefill:
+                plan.budget = 0  # it goes next: nobody behind it may use what is left
+            if not plan.budget:
+                return
+            self._take_tokens(request, plan)
+
+    def _plan_newcomers(self, plan: StepPlan) -> None:
+        """Admits from the queue; strictly in its order, or small requests would keep a large one out for ever."""
+        waiting, running, max_num_seqs = self._waiting, self.running, self._config.max_num_seqs
+        while plan.budget and len(running) < max_num_seqs and (request := waiting.peek()) is not None:
+            plan.current = request
+            copies = self._admission.admit(request, running=running, budget=plan.budget)
+            if copies is None:
+                return
+            self.block_copies += copies
+            waiting.remove(request)
+            request.status = RequestStatus.RUNNING
+            if request.first_scheduled_time is None:
+                request.first_scheduled_time = time.monotonic()
+            insort(running, request, key=Request.importance)
+            self._take_tokens(request, plan)
+
+    def _take_page(self, request: Request) -> bool:
+        """Makes the slot of the request's next token writable, at the cost of less important ones if need be.
+
+        Without success the request keeps its pages and sits out this step: only someone more important, who needs
+        them more, may take them.
+        """
+        start = request.num_computed_tokens + request.num_in_flight_tokens
+        while True:
+            copies = self._block_manager.reserve(request.request_id, start=start, end=start + 1)
+            if copies is not None:
+                self.block_copies += copies
+                return True
+            if not self._preempt_one_behind(request):
+                return False
+
+    def _preempt_one_behind(self, request: Request) -> bool:
+        """Takes its pages from the newest of the least important requests behind `request`; False if there is none.
+
+        One at a time, so that no more are stopped than necessary. Requests in flight are passed over: a step that is
+        on its way still reads and writes their pages.
+        """
+        running = self.running
+        for index in range(len(running) - 1, -1, -1):
+            victim = running[index]
+            if victim is request:
+                return False
+            if not victim.num_in_flight_tokens:
+                del running[index]
+                self._preempt(victim)
+                return True
+        return False
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue. Its tokens are kept, its keys and values are computed again (or found in the cache)."""
+        self._block_manager.free(request.request_id)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._waiting.push(request)
+
+    def _take_tokens(self, request: Request, plan: StepPlan) -> None:
+        """Adds the request's next tokens, as many as it has and the budget holds."""
+        request_id, token_ids = request.request_id, request.token_ids
+        start = request.num_computed_tokens + request.num_in_flight_tokens
+        end = min(len(token_ids), start + plan.budget)
+        plan.requests.append(request)
+        plan.rows.append(
+            ScheduledRequest(
+                request_id=request_id,
+                token_ids=token_ids[start:end],
+                start=start,
+                block_table=self._block_manager.block_table(request_id),
+                sampling=_sampling_row(request) if end == len(token_ids) else None,
+            )
+        )
+        plan.budget -= end - start
+
+
+class StepPlan:
+    """A step in the making.
+
+    Attributes:
+        budget: Tokens that are left.
+        current: Who is being planned, and to blame if that fails.
+        requests: Those that have a place.
+        rows: Their shares, in the same order.
+    """
+
+    __slots__ = ("budget", "current", "requests", "rows")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.current: Request | None = None
+        self.requests: list[Request] = []
+        self.rows: list[ScheduledRequest] = []
+
+
+def _sampling_row(request: Request) -> SamplingRow:
+    return SamplingRow(
+        request_id=request.request_id,
+        params=request.params,
+        seed=request.seed,
+        position=len(request.token_ids),
+        prompt_token_ids=request.prompt_token_ids,
+        output_token_ids=request.output_token_ids,
+        stop_token_ids=request.stop_token_ids,
+    )

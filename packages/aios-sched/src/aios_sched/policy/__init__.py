@@ -1,0 +1,1 @@
+"""Who is admitted next: `base.py` is the socket, the other files are policies."""

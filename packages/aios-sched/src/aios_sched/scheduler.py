@@ -1,0 +1,278 @@
+"""Requests come and go, steps are planned and applied: the books of the engine.
+
+`planner.py` decides which tokens run; this file keeps track of who is there and of what is on its way. It holds two
+promises, which property-based tests put to the proof:
+
+- *Several steps may be in flight.* Tokens in flight are not scheduled again; a request whose next token is unknown
+  waits; the pages of a request in flight stay where they are, even if it is aborted, until its last step has returned.
+- *A step can be undone.* `rollback` restores the counters, and the step's tokens are scheduled again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from aios_model.errors import InvalidRequestError
+from aios_sched.config import SchedulerConfig
+from aios_sched.errors import QueueFullError, StepResultError, describe
+from aios_sched.output import SchedulerOutput, TokenOutput
+from aios_sched.planner import StepPlan, StepPlanner
+from aios_sched.request import RequestStatus
+from aios_sched.stats import RequestTiming
+from aios_sched.stop import check_stop
+from aios_sched.validation import check_pool, resolve_max_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from aios_kvcache.block_manager import BlockManager
+    from aios_model.sampling.rows import SampledToken
+    from aios_sched.output import ScheduledRequest, StepResult
+    from aios_sched.policy.base import WaitingQueue
+    from aios_sched.request import FinishReason, Request
+
+__all__ = ["Scheduler", "SchedulerConfig"]
+
+
+class Scheduler:
+    """Plans steps over the requests it is given, and applies what comes of them.
+
+    Args:
+        config: Limits.
+        block_manager: The pages.
+        waiting: The policy: who is admitted next.
+
+    Attributes:
+        num_prompt_tokens: Prompt tokens of all requests that reached their first token.
+        num_generation_tokens: Tokens sampled for all requests.
+    """
+
+    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, waiting: WaitingQueue) -> None:
+        self.config = config
+        self.block_manager = block_manager
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self._waiting = waiting
+        self._planner = StepPlanner(config, block_manager, waiting)
+        self._requests: dict[str, Request] = {}  # all that are not done with, those aborted in flight included
+        self._forgettable_ids: list[str] = []  # for the next step: whom runners may forget
+        self._num_added = 0
+        self._num_steps = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits, runs, or has a step on its way."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a seat and pages."""
+        return len(self._planner.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without, the preempted ones included."""
+        return len(self._waiting)
+
+    @property
+    def num_preemptions(self) -> int:
+        """Times a running request lost its pages."""
+        return self._planner.num_preemptions
+
+    # -- requests come and go ------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Puts a new request into the queue.
+
+        Raises:
+            InvalidRequestError: it could never finish: prompt or output are too long for the context or the pool, or
+                its id is taken.
+            QueueFullError: too many wait already.
+        """
+        pages = self.block_manager
+        if request.request_id in self._requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
+        max_tokens = resolve_max_tokens(request, max_model_len=self.config.max_model_len)
+        check_pool(request, max_tokens=max_tokens, num_blocks=pages.num_blocks, block_size=pages.block_size)
+        self._check_queue()
+        request.max_tokens = max_tokens
+        request.arrival_order = self._num_added
+        self._num_added += 1
+        self._requests[request.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_ids: Iterable[str], *, finish_reason: FinishReason = "abort") -> list[TokenOutput]:
+        """Ends requests from outside, wherever they are; ids that are unknown or finished are ignored.
+
+        Args:
+            request_ids: Exact ids.
+            finish_reason: What to call it: "abort", or "stop" where a stop string was found in the text.
+        """
+        outputs = []
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None and request.status is not RequestStatus.FINISHED:
+                outputs.append(self._finish(request, finish_reason))
+        self._sweep()
+        return outputs
+
+    def fail(self, request_id: str, message: str) -> list[TokenOutput]:
+        """Ends a request with finish_reason "error"; nothing happens if it has ended already."""
+        outputs = self.abort([request_id], finish_reason="error")
+        for output in outputs:
+            output.error = message
+        return outputs
+
+    def _check_queue(self) -> None:
+        limit = self.config.max_num_queued
+        # Those for whom a seat is free do not really queue: they only wait for the next step.
+        num_queued = self.num_waiting - (self.config.max_num_seqs - self.num_running)
+        if limit is not None and num_queued >= limit:
+            raise QueueFullError(f"{num_queued} requests wait already, and at most {limit} may; try again later")
+
+    # -- a step leaves -------------------------------------------------------------------------------------------------
+
+    def schedule(self, *, only: str | None = None) -> SchedulerOutput | None:
+        """Plans the next step; None when there is nothing that can run now.
+
+        Args:
+            only: Plan for this running request alone, to find out whether it is the one that breaks its step.
+
+        Raises:
+            SchedulingError: planning failed at one request. The plan is void and nothing is lost: `fail` that request
+                and plan again.
+        """
+        if only is None:
+            plan = self._planner.plan()
+        else:
+            request = self._requests.get(only)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                return None
+            plan = self._planner.plan_alone(request)
+        return self._commit(plan) if plan.rows else None
+
+    def _commit(self, plan: StepPlan) -> SchedulerOutput:
+        num_tokens = 0
+        for request, row in zip(plan.requests, plan.rows, strict=True):
+            num_row_tokens = len(row.token_ids)
+            request.num_in_flight_tokens += num_row_tokens
+            num_tokens += num_row_tokens
+        output = SchedulerOutput(
+            step_id=self._num_steps,
+            requests=tuple(plan.rows),
+            block_copies=tuple(self._planner.block_copies),
+            num_scheduled_tokens=num_tokens,
+            finished_request_ids=tuple(self._forgettable_ids),
+        )
+        self._planner.block_copies.clear()
+        self._forgettable_ids.clear()
+        self._num_steps += 1
+        return output
+
+    # -- a step returns ------------------------------------------------------------------------------------------------
+
+    def update(self, output: SchedulerOutput, result: StepResult) -> list[TokenOutput]:
+        """Applies the result of a step; steps must be applied in the order in which they were planned.
+
+        Returns:
+            One entry for each request that got a token or ended. An error at one request ends that request only.
+        """
+        token_outputs = []
+        for row in output.requests:
+            request = self._requests[row.request_id]
+            request.num_in_flight_tokens -= len(row.token_ids)
+            if request.status is RequestStatus.FINISHED:  # aborted while the step was on its way
+                self._release_unless_in_flight(request)
+                continue
+            try:
+                token_output = self._advance(request, row, result)
+            except Exception as error:
+                token_output = self._finish(request, "error", error=describe(error))
+            if token_output is not None:
+                token_outputs.append(token_output)
+        self._sweep()
+        return token_outputs
+
+    def rollback(self, output: SchedulerOutput) -> None:
+        """Undoes a step that failed. With several in flight, undo the newest first, and all behind the failed one.
+
+        The requests keep their pages and are scheduled again; copies of pages are made again as well, for nobody knows
+        whether the step got that far. For the same reason runners forget what they remember of these requests.
+        """
+        for row in output.requests:
+            request = self._requests[row.request_id]
+            request.num_in_flight_tokens -= len(row.token_ids)
+            if request.status is RequestStatus.FINISHED:
+                self._release_unless_in_flight(request)
+        self._planner.block_copies[:0] = output.block_copies
+        self._forgettable_ids += output.finished_request_ids
+        self._forgettable_ids += (row.request_id for row in output.requests)
+
+    def _advance(self, request: Request, row: ScheduledRequest, result: StepResult) -> TokenOutput | None:
+        """Counts the row's tokens as computed and takes the token that was sampled behind them, if one was."""
+        num_before = request.num_computed_tokens
+        num_computed = num_before + len(row.token_ids)
+        if row.start != num_before:
+            raise StepResultError(f"step for position {row.start} applied at {num_before}; apply steps in their order")
+        sampled = result.sampled.get(row.request_id) if row.sampling is not None else None
+        if row.sampling is not None and sampled is None:
+            raise StepResultError("the step returned no token for this request")
+        request.num_computed_tokens = num_computed
+        block_size = self.block_manager.block_size
+        if num_computed // block_size > num_before // block_size:  # a page was filled: others may find it now
+            self.block_manager.publish(request.request_id, request.token_ids, num_computed)
+        return None if sampled is None else self._append(request, sampled)
+
+    def _append(self, request: Request, sampled: SampledToken) -> TokenOutput:
+        request.append_token(sampled.token_id)
+        self.num_generation_tokens += 1
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
+            self.num_prompt_tokens += len(request.prompt_token_ids)
+        stop = check_stop(request, max_model_len=self.config.max_model_len)
+        if stop is None:
+            token_output = TokenOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)
+        else:
+            token_output = self._finish(request, stop.reason, stop_reason=stop.token_id)
+        token_output.token_ids.append(sampled.token_id)
+        token_output.logprobs.append(sampled.logprobs)
+        return token_output
+
+    def _finish(
+        self, request: Request, reason: FinishReason, *, stop_reason: int | None = None, error: str | None = None
+    ) -> TokenOutput:
+        """Ends a request wherever it stands; `_sweep` then takes it off the list of running ones."""
+        if request.status is RequestStatus.RUNNING:
+            self._release_unless_in_flight(request)
+        else:
+            self._waiting.remove(request)
+            self._forget(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+        request.finished_time = time.monotonic()
+        return TokenOutput(
+            request_id=request.request_id,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            num_cached_tokens=request.num_cached_tokens,
+            error=error,
+            timing=RequestTiming.of(request),
+        )
+
+    def _release_unless_in_flight(self, request: Request) -> None:
+        """Gives the pages back, once no step that is on its way can touch them."""
+        if not request.num_in_flight_tokens:
+            self.block_manager.free(request.request_id)
+            self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.request_id]
+        if request.first_scheduled_time is not None:  # else no runner ever heard of it
+            self._forgettable_ids.append(request.request_id)
+
+    def _sweep(self) -> None:
+        """Drops finished requests from the running ones: one pass per step, rather than a search for each of them."""
+        running = self._planner.running
+        running[:] = [request for request in running if request.status is RequestStatus.RUNNING]

@@ -1,0 +1,140 @@
+"""What the engine did and how long requests took. Times are seconds; moments are readings of `time.monotonic()`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from aios_sched.request import FinishReason, Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the engine. What is not called "running", "waiting" or "usage" counts up from its start.
+
+    Attributes:
+        num_running: Requests with a seat and pages.
+        num_waiting: Requests without, the preempted ones included.
+        kv_cache_usage: Share of the pages in use, 0 to 1; pages that only the prefix cache holds are free.
+        prefix_cache_queries: Tokens looked up in the prefix cache.
+        prefix_cache_hits: Tokens found there.
+        num_preemptions: Times a running request lost its pages.
+        prompt_tokens: Prompt tokens of requests that reached their first token, cached ones included.
+        generation_tokens: Tokens sampled.
+        num_steps: Steps that returned, failed ones included.
+        num_failed_steps: Those that failed.
+        schedule_seconds: Time spent planning steps and applying their results.
+        step_seconds: Time spent in `Engine.step` altogether.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_cache_usage: float
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    num_preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    num_steps: int
+    num_failed_steps: int
+    schedule_seconds: float
+    step_seconds: float
+
+    @property
+    def scheduler_share(self) -> float:
+        """Share of the time that went into scheduling, 0 to 1."""
+        return self.schedule_seconds / self.step_seconds if self.step_seconds else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepStats:
+    """One step that returned.
+
+    Attributes:
+        step_id: Of the scheduler's output.
+        num_requests: Rows in it.
+        num_tokens: Tokens computed.
+        num_sampled: Tokens that came of it.
+        seconds: From its submission to its result.
+    """
+
+    step_id: int
+    num_requests: int
+    num_tokens: int
+    num_sampled: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestTiming:
+    """The life of a finished request. Moments it never reached are None."""
+
+    request_id: str
+    arrival_time: float
+    first_scheduled_time: float | None
+    first_token_time: float | None
+    finished_time: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_generation_tokens: int
+    num_preemptions: int
+    finish_reason: FinishReason
+
+    @classmethod
+    def of(cls, request: Request) -> RequestTiming:
+        """The timing of a finished request."""
+        assert request.finished_time is not None
+        assert request.finish_reason is not None
+        return cls(
+            request_id=request.request_id,
+            arrival_time=request.arrival_time,
+            first_scheduled_time=request.first_scheduled_time,
+            first_token_time=request.first_token_time,
+            finished_time=request.finished_time,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_cached_tokens=request.num_cached_tokens,
+            num_generation_tokens=len(request.output_token_ids),
+            num_preemptions=request.num_preemptions,
+            finish_reason=request.finish_reason,
+        )
+
+    @property
+    def total_seconds(self) -> float:
+        """From arrival to the end."""
+        return self.finished_time - self.arrival_time
+
+    @property
+    def queue_seconds(self) -> float:
+        """From arrival to the first step it took part in, or to its end if there was none."""
+        end = self.finished_time if self.first_scheduled_time is None else self.first_scheduled_time
+        return end - self.arrival_time
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """From the first step it took part in to its first token."""
+        if self.first_scheduled_time is None or self.first_token_time is None:
+            return None
+        return self.first_token_time - self.first_scheduled_time
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """From its first token to its end, time lost to preemption included."""
+        return None if self.first_token_time is None else self.finished_time - self.first_token_time
+
+    @property
+    def first_token_seconds(self) -> float | None:
+        """From arrival to the first token (TTFT)."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+class StatsListener(Protocol):
+    """Is told what happens, between steps, in the engine's thread. What it raises is logged and otherwise ignored."""
+
+    def on_step(self, stats: StepStats) -> None:
+        """A step returned and its results are applied."""
+        ...
+
+    def on_finished(self, timing: RequestTiming) -> None:
+        """A request ended, for whatever reason."""
+        ...

@@ -1,0 +1,405 @@
+"""A model made of nothing but memory, and a driver that does everything to a scheduler that can be done to it.
+
+`PageStoreRunner` keeps one token per slot of the pool. The next token of a sequence is a hash of the tokens that it
+reads back *through the block table it is given*: one stale page, one slot off at a chunk's border, one page with two
+owners, and the output differs from that of the request generated alone.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from array import array
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+
+from aios_kvcache.block_manager import BlockManager
+from aios_model.sampling.params import SamplingParams
+from aios_model.sampling.rows import SampledToken
+from aios_sched.config import SchedulerConfig
+from aios_sched.output import StepResult
+from aios_sched.planner import StepPlanner
+from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.request import Request
+from aios_sched.scheduler import Scheduler
+
+VOCAB_SIZE = 50
+EOS = 0
+
+
+def next_token(token_ids, seed):
+    return zlib.crc32(array("q", token_ids).tobytes(), seed & 0xFFFFFFFF) % VOCAB_SIZE
+
+
+def generate_alone(request, *, max_model_len):
+    """The reference: (output tokens, finish reason, stop reason) of a request that has the world to itself."""
+    params, tokens, output = request.params, list(request.prompt_token_ids), []
+    max_tokens = max_model_len if params.max_tokens is None else params.max_tokens
+    while True:
+        token = next_token(tokens, request.seed)
+        tokens.append(token)
+        output.append(token)
+        if len(output) > params.min_tokens:
+            if token == EOS and not params.ignore_eos:
+                return output, "stop", None
+            if token in params.stop_token_ids:
+                return output, "stop", token
+        if len(output) == max_tokens or len(tokens) == max_model_len:
+            return output, "length", None
+
+
+class PageStoreRunner:
+    """Runs steps on a pool that stores tokens."""
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, block_size):
+        self.block_size = block_size
+        self.slots = {}
+        self.num_executed = 0
+        self.forgotten = []
+
+    def execute(self, output):
+        self.num_executed += 1
+        self.forgotten += output.finished_request_ids
+        self.copy_blocks(output.block_copies)
+        self.write(output)
+        return StepResult(sampled={row.request_id: self.sample(row) for row in output.requests if row.sampling})
+
+    def copy_blocks(self, copies):
+        size = self.block_size
+        for copy in copies:
+            for offset in range(size):
+                self.slots[copy.destination * size + offset] = self.slots.get(copy.source * size + offset)
+
+    def write(self, output):
+        written = set()
+        for row in output.requests:
+            for position, token_id in enumerate(row.token_ids, start=row.start):
+                slot = self.slot(row, position)
+                assert slot not in written, f"slot {slot} is written twice in one step"
+                written.add(slot)
+                self.slots[slot] = token_id
+
+    def sample(self, row):
+        end = row.start + len(row.token_ids)
+        assert row.sampling.position == end
+        assert len(row.sampling.prompt_token_ids) + len(row.sampling.output_token_ids) == end
+        token_ids = [self.slots.get(self.slot(row, position)) for position in range(end)]
+        assert None not in token_ids, "reads a slot that nobody wrote"
+        return SampledToken(token_id=next_token(token_ids, row.sampling.seed))
+
+    def slot(self, row, position):
+        block_id = row.block_table[position // self.block_size]
+        assert block_id > 0, "page 0 belongs to nobody"
+        return block_id * self.block_size + position % self.block_size
+
+
+class DelayedExecutor:
+    """Runs a step only when its result, or that of a later one, is asked for: several are on their way."""
+
+    def __init__(self, runner, *, max_steps_in_flight):
+        self.max_steps_in_flight = max_steps_in_flight
+        self.vocab_size = runner.vocab_size
+        self.most_in_flight = 0
+        self._runner = runner
+        self._queue = deque()
+
+    def submit(self, output):
+        handle = DelayedStep(self, output)
+        self._queue.append(handle)
+        self.most_in_flight = max(self.most_in_flight, len(self._queue))
+        return handle
+
+    def run_until(self, handle):
+        while handle.outcome is None:
+            step = self._queue.popleft()
+            try:
+                step.outcome = self._runner.execute(step.output)
+            except Exception as error:
+                step.outcome = error
+
+    def shutdown(self):
+        assert not self._queue
+
+
+class DelayedStep:
+    def __init__(self, executor, output):
+        self.executor, self.output, self.outcome = executor, output, None
+
+    def result(self):
+        self.executor.run_until(self)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class Workload:
+    """Draws limits and requests. Prompts share prefixes, so that pages are shared, and duplicates meet in one step."""
+
+    def __init__(self, seed):
+        self.random = rng = random.Random(seed)
+        self.block_size = rng.choice([1, 2, 3, 4, 8])
+        self.max_model_len = rng.randint(4, 48)
+        longest = -(-(self.max_model_len - 1) // self.block_size)
+        # Often the smallest legal pool: the longest request fits, and nothing beside it.
+        self.num_blocks = longest + rng.choice([0, 0, 1, 2, longest // 2, longest, 3 * longest])
+        self.max_num_seqs = rng.choice([1, 2, 3, 5, 8])
+        self.chunked = rng.random() < 0.8
+        low = self.max_num_seqs if self.chunked else max(self.max_num_seqs, self.max_model_len)
+        self.config = SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=low + rng.choice([0, 0, 1, 3, 7, 20, 100]),
+            max_model_len=self.max_model_len,
+            enable_chunked_prefill=self.chunked,
+            watermark=rng.choice([0, 0, 0.01, 0.2]),
+        )
+        self.priorities = rng.choice([[0], [0], [-1, 0, 5]])
+        self.prefixes = [self._tokens(rng.randint(1, self.max_model_len)) for _ in range(3)]
+        self.num_requests = 0
+
+    def block_manager(self):
+        # A hash with few values: pages meet collisions all the time.
+        few = self.random.random() < 0.3
+        return BlockManager(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            enable_prefix_caching=self.random.random() < 0.8,
+            hash_function=(lambda key: zlib.crc32(repr(key).encode()) % 7) if few else hash,
+        )
+
+    def request(self):
+        rng = self.random
+        prefix = rng.choice(self.prefixes)
+        num_shared = rng.choice([rng.randint(0, len(prefix)), rng.randint(0, 6)])
+        prompt = prefix[:num_shared] + self._tokens(rng.choice([0, 0, 1, 2, 9]))
+        prompt = (prompt or self._tokens(1))[: self.max_model_len - 1]
+        room = self.max_model_len - len(prompt)
+        max_tokens = rng.choice([None, rng.randint(1, room)])
+        self.num_requests += 1
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=rng.randint(0, max_tokens or room) if rng.random() < 0.3 else 0,
+            stop_token_ids=tuple(self._tokens(rng.choice([0, 0, 1, 3]))),
+            ignore_eos=rng.random() < 0.3,
+        )
+        return Request(
+            request_id=f"r{self.num_requests}",
+            prompt_token_ids=prompt,
+            params=params,
+            seed=rng.choice([0, 1, 2**31]),
+            eos_token_ids=(EOS,),
+            priority=rng.choice(self.priorities),
+            cache_salt=rng.choice(["", "", "", "tenant"]),
+        )
+
+    def _tokens(self, count):
+        return [self.random.randrange(VOCAB_SIZE) for _ in range(count)]
+
+
+class Driver:
+    """Adds, schedules, returns, aborts and rolls back at random, and checks what must hold after every single move."""
+
+    def __init__(self, seed, *, scheduler_class=Scheduler, planner_class=StepPlanner, block_manager_class=BlockManager):
+        self.workload = workload = Workload(seed)
+        self.random = workload.random
+        self.block_manager = workload.block_manager()
+        self.block_manager.__class__ = block_manager_class
+        self.scheduler = scheduler_class(workload.config, self.block_manager, FCFSQueue())
+        self.scheduler._planner.__class__ = planner_class
+        self.runner = PageStoreRunner(workload.block_size)
+        self.max_steps_in_flight = self.random.choice([1, 2, 3, 4])
+        self.eager = self.random.random() < 0.5  # steps run when they are submitted, not when their result is taken
+        self.busy = self.random.random() < 0.5  # like an engine: the next step leaves as soon as one returns
+        self.in_flight = deque()
+        self.requests, self.outputs, self.ended = {}, {}, {}
+        self.num_steps = 0
+
+    def run(self, num_moves):
+        moves = [self.add, self.schedule, self.schedule, self.take_result, self.take_result]
+        for _ in range(num_moves):
+            rare = self.random.random()
+            if rare < 0.03:
+                self.abort()
+            elif rare < 0.06:
+                self.fail_some()
+            else:
+                self.random.choice(moves)()
+            self.check()
+        self.drain()
+        self.check_end()
+        return self
+
+    # -- moves ------------------------------------------------------------------------------------
+
+    def add(self):
+        request = self.workload.request()
+        self.requests[request.request_id] = request
+        self.outputs[request.request_id] = []
+        self.scheduler.add(request)
+
+    def schedule(self):
+        if len(self.in_flight) >= self.max_steps_in_flight:
+            return
+        output = self.scheduler.schedule()
+        if output is None:
+            if not self.in_flight:
+                assert not self.scheduler.has_unfinished, "work is left, nothing is in flight, and nothing can run"
+            return
+        self.num_steps += 1
+        self.check_output(output)
+        self.in_flight.append((output, self.runner.execute(output) if self.eager else None))
+
+    def take_result(self):
+        if self.in_flight:
+            output, result = self.in_flight.popleft()
+            self.collect(self.scheduler.update(output, result or self.runner.execute(output)))
+            if self.busy:
+                self.schedule()
+
+    def abort(self):
+        ids = self.random.sample(sorted(self.requests), min(len(self.requests), 2))
+        self.collect(self.scheduler.abort([*ids, "unknown"]))
+
+    def fail_some(self):
+        """The oldest step fails, so all behind it are undone; some ran already, some half, some not at all."""
+        while self.in_flight:
+            output, result = self.in_flight.pop()
+            if result is None and self.random.random() < 0.3:
+                self.runner.copy_blocks(output.block_copies)
+                self.runner.write(output)
+            self.scheduler.rollback(output)
+
+    def drain(self):
+        limit = self.num_steps + 200 + sum(self.workload.max_model_len * 8 for _ in self.requests)
+        while self.scheduler.has_unfinished:
+            assert self.num_steps < limit, "it runs in circles"
+            self.schedule()
+            self.take_result()
+            self.check()
+
+    def collect(self, token_outputs):
+        for output in token_outputs:
+            assert output.request_id not in self.ended, "news after the end"
+            self.outputs[output.request_id] += output.token_ids
+            assert len(output.logprobs) == len(output.token_ids)
+            if output.finish_reason is not None:
+                assert output.timing.num_generation_tokens == len(self.outputs[output.request_id])
+                self.ended[output.request_id] = (output.finish_reason, output.stop_reason, output.error)
+
+    # -- checks -----------------------------------------------------------------------------------
+
+    def check_output(self, output):
+        config = self.workload.config
+        rows = output.requests
+        assert 0 < output.num_scheduled_tokens == sum(len(row.token_ids) for row in rows)
+        assert output.num_scheduled_tokens <= config.max_num_batched_tokens, "over the budget"
+        assert len({row.request_id for row in rows}) == len(rows), "a request is there twice"
+        assert len(rows) <= config.max_num_seqs, "more requests than seats"
+        for row in rows:
+            request = self.requests[row.request_id]
+            end = row.start + len(row.token_ids)
+            assert row.token_ids == request.token_ids[row.start : end] != [], "wrong tokens"
+            assert (row.sampling is not None) == (end == request.num_tokens), "samples in the middle"
+            if not config.enable_chunked_prefill:
+                assert row.sampling is not None, "a prompt was cut"
+
+    def check(self):
+        self.block_manager.check_invariants()
+        assert self.scheduler.num_running <= self.workload.max_num_seqs, "more requests than seats"
+        in_flight = dict.fromkeys(self.requests, 0)
+        size = self.workload.block_size
+        for output, _ in self.in_flight:
+            for row in output.requests:
+                in_flight[row.request_id] += len(row.token_ids)
+                # Raises if the pages were freed. Pages being written must still be the writer's.
+                table = self.block_manager.block_table(row.request_id)
+                first, last = row.start // size, (row.start + len(row.token_ids) - 1) // size
+                assert table[first : last + 1] == row.block_table[first : last + 1], "pages in flight were taken away"
+        for request_id, request in self.requests.items():
+            assert request.num_in_flight_tokens == in_flight[request_id], "miscounted what is in flight"
+            assert request.num_computed_tokens + request.num_in_flight_tokens <= request.num_tokens
+            assert request.token_ids == request.prompt_token_ids + request.output_token_ids, "lost its tokens"
+
+    def check_end(self):
+        assert self.block_manager.num_free_blocks == self.block_manager.num_blocks, "pages leaked"
+        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        assert self.ended.keys() == self.requests.keys()
+        for request_id, request in self.requests.items():
+            tokens, reason, stop_reason = generate_alone(request, max_model_len=self.workload.max_model_len)
+            output, ended = self.outputs[request_id], self.ended[request_id]
+            if ended[0] == "abort":
+                assert output == tokens[: len(output)], f"{request} differs from itself alone"
+            else:
+                assert (output, *ended) == (tokens, reason, stop_reason, None), f"{request} differs from itself alone"
+
+
+def make_scheduler(
+    *,
+    num_blocks=64,
+    block_size=4,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    max_model_len=64,
+    enable_prefix_caching=True,
+    scheduler_class=Scheduler,
+    **options,
+):
+    config = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        **options,
+    )
+    pages = BlockManager(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching)
+    return scheduler_class(config, pages, FCFSQueue())
+
+
+def make_request(request_id, prompt, *, seed=0, priority=0, cache_salt="", arrival_time=None, **params):
+    params.setdefault("max_tokens", 8)
+    params.setdefault("ignore_eos", True)
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=prompt,
+        params=SamplingParams(**params),
+        seed=seed,
+        eos_token_ids=(EOS,),
+        priority=priority,
+        cache_salt=cache_salt,
+        arrival_time=arrival_time,
+    )
+
+
+def run_until_done(scheduler, runner, *, limit=1000):
+    """Drives a scheduler one step at a time; returns (tokens per request, all token outputs, the steps)."""
+    tokens, outputs, steps = {}, [], []
+    while scheduler.has_unfinished:
+        step = scheduler.schedule()
+        assert step is not None
+        assert len(steps) < limit
+        steps.append(step)
+        for output in scheduler.update(step, runner.execute(step)):
+            tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            outputs.append(output)
+        scheduler.block_manager.check_invariants()
+    return tokens, outputs, steps
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """The tools above; tests cannot import each other's modules."""
+    return SimpleNamespace(
+        EOS=EOS,
+        VOCAB_SIZE=VOCAB_SIZE,
+        DelayedExecutor=DelayedExecutor,
+        Driver=Driver,
+        PageStoreRunner=PageStoreRunner,
+        Workload=Workload,
+        generate_alone=generate_alone,
+        make_request=make_request,
+        make_scheduler=make_scheduler,
+        next_token=next_token,
+        run_until_done=run_until_done,
+    )

@@ -1,0 +1,179 @@
+"""Random operations on scheduler and block manager; `conftest.Driver` checks the invariants after every move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aios_kvcache.block_manager import BlockManager
+from aios_sched.planner import StepPlanner
+from aios_sched.request import RequestStatus
+from aios_sched.scheduler import Scheduler
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(seed=st.integers(0, 2**32), num_moves=st.integers(1, 150))
+def test_any_sequence_of_operations_gives_each_request_the_tokens_it_gets_alone(lab, seed, num_moves):
+    lab.Driver(seed).run(num_moves)
+
+
+def test_the_driver_reaches_what_it_claims_to_test(lab):
+    """Otherwise the test above could be green because nothing ever happens."""
+    drivers = [lab.Driver(seed).run(100) for seed in range(60)]
+    assert sum(driver.scheduler.num_preemptions for driver in drivers) > 100
+    assert sum(driver.block_manager.stats.hits for driver in drivers) > 500
+    assert sum(driver.block_manager.stats.evictions for driver in drivers) > 500
+    assert sum(driver.max_steps_in_flight > 1 for driver in drivers) > 10
+    reasons = [ended[0] for driver in drivers for ended in driver.ended.values()]
+    assert min(map(reasons.count, ("stop", "length", "abort"))) > 50
+    assert "error" not in reasons
+
+
+def run_many(lab, **planted):
+    for seed in range(100):
+        lab.Driver(seed, **planted).run(100)
+
+
+class FreesPagesInFlight(Scheduler):
+    def _release_unless_in_flight(self, request):
+        if request.request_id in self.block_manager._sequences:
+            self.block_manager.free(request.request_id)
+        if not request.num_in_flight_tokens:
+            self._forget(request)
+
+
+class PublishesBeforeItIsComputed(Scheduler):
+    def _commit(self, plan):
+        for request in plan.requests:
+            self.block_manager.publish(request.request_id, request.token_ids, request.num_tokens)
+        return super()._commit(plan)
+
+
+class ForgetsToRollBack(Scheduler):
+    def rollback(self, output):
+        for row in output.requests:
+            self._requests[row.request_id].num_computed_tokens += len(row.token_ids)
+        super().rollback(output)
+
+
+class LeaksPagesOfAborted(Scheduler):
+    def abort(self, request_ids, **options):
+        for request in (self._requests[i] for i in request_ids if i in self._requests):
+            if request.status is RequestStatus.RUNNING:
+                self.block_manager.fork(request.request_id, f"{request.request_id} leaked")
+        return super().abort(request_ids, **options)
+
+
+@pytest.mark.parametrize(
+    ("bug", "symptom"),
+    [
+        (FreesPagesInFlight, "no sequence '.*' is open|pages in flight were taken away"),
+        (PublishesBeforeItIsComputed, "pages in flight were taken away|differs from itself alone"),
+        (ForgetsToRollBack, "nothing can run|differs from itself alone"),
+        (LeaksPagesOfAborted, "pages leaked|nothing can run"),
+    ],
+)
+def test_a_bug_planted_in_the_scheduler_is_caught(lab, bug, symptom):
+    with pytest.raises(Exception, match=symptom):
+        run_many(lab, scheduler_class=bug)
+
+
+class PreemptsInFlight(StepPlanner):
+    def _preempt_one_behind(self, request):
+        victim = self.running[-1]
+        if victim is request:
+            return False
+        self.running.pop()
+        self._preempt(victim)
+        return True
+
+
+class NeverPreempts(StepPlanner):
+    def _preempt_one_behind(self, request):
+        return False
+
+
+class ForgetsOutputOnPreemption(StepPlanner):
+    def _preempt(self, request):
+        super()._preempt(request)
+        del request.token_ids[len(request.prompt_token_ids) :]
+
+
+class StartsChunksOneLate(StepPlanner):
+    def _take_tokens(self, request, plan):
+        super()._take_tokens(request, plan)
+        row = plan.rows[-1]
+        if row.start and len(row.token_ids) > 1:
+            row.start += 1
+            del row.token_ids[0]
+
+
+class SchedulesTokensInFlightAgain(StepPlanner):
+    def _plan_step(self, plan):
+        for request in self.running:
+            request.num_in_flight_tokens = 0
+        super()._plan_step(plan)
+
+
+class IgnoresSeats(StepPlanner):
+    def _plan_newcomers(self, plan):
+        config = self._config
+        self._config = replace(config, max_num_seqs=99, max_num_batched_tokens=99)
+        super()._plan_newcomers(plan)
+        self._config = config
+
+
+@pytest.mark.parametrize(
+    ("bug", "symptom"),
+    [
+        (PreemptsInFlight, "differs from itself alone|no sequence '.*' is open|pages in flight were taken away"),
+        (NeverPreempts, "nothing can run"),
+        (ForgetsOutputOnPreemption, "lost its tokens"),
+        (StartsChunksOneLate, "reads a slot that nobody wrote|differs from itself alone"),
+        (SchedulesTokensInFlightAgain, "wrong tokens|miscounted what is in flight"),
+        (IgnoresSeats, "more requests than seats"),
+    ],
+)
+def test_a_bug_planted_in_the_planner_is_caught(lab, bug, symptom):
+    with pytest.raises(Exception, match=symptom):
+        run_many(lab, planner_class=bug)
+
+
+class HandsOutAPageTwice(BlockManager):
+    def reserve(self, sequence_id, *, start, end):
+        copies = super().reserve(sequence_id, start=start, end=end)
+        tables = [sequence.table for sequence in self._sequences.values() if sequence.table]
+        if len(tables) > 1:
+            tables[0][-1] = tables[1][-1]
+        return copies
+
+
+class ReservesOneSlotLess(BlockManager):
+    def reserve(self, sequence_id, *, start, end):
+        return super().reserve(sequence_id, start=start, end=max(start, end - 1))
+
+
+class TakesAHashForAProof(BlockManager):
+    def open(self, sequence_id, token_ids, *, salt=""):
+        cache = self._cache
+        cache.find = lambda parent, tokens, salt: cache._blocks.get(cache._hash(parent, tokens, salt))
+        return super().open(sequence_id, token_ids, salt=salt)
+
+
+@pytest.mark.parametrize(
+    ("bug", "symptom"),
+    [
+        (HandsOutAPageTwice, "is held 0 times"),
+        (ReservesOneSlotLess, "list index out of range"),
+        (
+            TakesAHashForAProof,
+            "differs from itself alone|wrong chain|another salt|holds a page twice|without reserve",
+        ),
+    ],
+)
+def test_a_bug_planted_in_the_block_manager_is_caught(lab, bug, symptom):
+    with pytest.raises(Exception, match=symptom):
+        run_many(lab, block_manager_class=bug)

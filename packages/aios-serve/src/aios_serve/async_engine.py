@@ -1,0 +1,273 @@
+"""AsyncEngine: many requests at once on one engine, which runs in a process of its own. Never imports torch."""
+
+from __future__ import annotations
+
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+from aios_model.errors import InvalidRequestError
+from aios_model.sampling.bad_words import resolve_bad_words
+from aios_sched.errors import QueueFullError
+from aios_serve.admission import AdmissionLimits
+from aios_serve.engine_client import ProcessClient, ThreadClient
+from aios_serve.engine_process import build_with_progress, serve
+from aios_serve.listener import EngineListener
+from aios_serve.output_processor import OutputProcessor
+from aios_serve.request_desk import RequestDesk
+from aios_serve.served_model import ServedModel, find_model
+from aios_serve.supervisor import EngineState, EngineSupervisor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Sequence
+
+    from aios_model.generation_config import GenerationDefaults
+    from aios_model.sampling.params import SamplingParams
+    from aios_model.tokenizer.tokenizer import Tokenizer
+    from aios_model.weights.hub import ModelFiles
+    from aios_sched.stats import EngineStats
+    from aios_serve.config import EngineConfig
+    from aios_serve.engine_client import EngineClient
+    from aios_serve.errors import EngineDeadError
+    from aios_serve.messages import Event
+    from aios_serve.model_info import EngineInfo
+    from aios_serve.outputs import RequestDelta
+
+__all__ = ["AsyncEngine", "EngineListener", "EngineState"]
+
+
+class AsyncEngine:
+    """Many requests at once on one engine.
+
+    Life: `start()` → state "loading" → "ready" → `drain()` → "draining" → `shutdown()` → "dead". A crash leads to
+    "dead" from anywhere, and `state_detail` says why. All methods belong to the event loop that called `start()`.
+
+    Args:
+        config: The options.
+        client: Connection to the engine; None starts a process or a thread, as `config.engine_process` says.
+        find: Resolves the configured model to files.
+        read: Reads tokenizer, shape and defaults from these files.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        client: EngineClient | None = None,
+        find: Callable[[EngineConfig], ModelFiles] = find_model,
+        read: Callable[[EngineConfig, ModelFiles], ServedModel] = ServedModel.read,
+    ) -> None:
+        self._config = config
+        self._supervisor = EngineSupervisor(
+            config,
+            client=client or _client_for(config),
+            find=find,
+            read=read,
+            on_event=self._on_event,
+            on_death=self._on_death,
+        )
+        self._desk: RequestDesk | None = None
+        self._listeners: list[EngineListener] = []
+
+    @property
+    def config(self) -> EngineConfig:
+        """The options as given."""
+        return self._config
+
+    @property
+    def state(self) -> EngineState:
+        """Where the engine stands."""
+        return self._supervisor.state
+
+    @property
+    def state_detail(self) -> str:
+        """One line for people: "loading weights 41%", or why the engine is dead. Empty when there is nothing to say."""
+        return self._supervisor.detail
+
+    @property
+    def model_name(self) -> str:
+        """The first name under which the model is served. Known at once if configured, else raises until resolved.
+
+        Raises:
+            EngineLoadingError: the model's files are not resolved yet.
+        """
+        return self.model_names[0]
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Every name under which the model is served; raises as `model_name` does."""
+        return self._config.served_model_name or self._supervisor.model.names
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, in this process; raises EngineLoadingError until it is loaded."""
+        return self._supervisor.model.tokenizer
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        """Sampling defaults that come with the model; raises EngineLoadingError until they are read."""
+        return self._supervisor.model.generation_defaults
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the output layer: every token id of a request must be below it. Raises EngineLoadingError early."""
+        return self._supervisor.model.config.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens; raises EngineLoadingError until the engine is ready."""
+        return self.info.max_model_len
+
+    @property
+    def info(self) -> EngineInfo:
+        """The engine as built; raises EngineLoadingError until it is ready."""
+        return self._supervisor.info
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests that are being generated or wait for it; `/load` reports it."""
+        return 0 if self._desk is None else self._desk.num_open_requests
+
+    def is_healthy(self) -> bool:
+        """Whether the engine is ready (or draining), its process lives, and its loop gave a sign of life recently.
+
+        The deadline is `config.heartbeat_timeout`, or four times the longest step so far if that is more: a large
+        model on a small machine can take its time over one chunk of a prompt.
+        """
+        return self._supervisor.is_healthy()
+
+    def stats(self) -> EngineStats | None:
+        """The engine's latest counters; None until it is ready."""
+        return self._supervisor.stats
+
+    def subscribe(self, listener: EngineListener) -> None:
+        """Tell `listener` about steps, tokens and finished requests from now on."""
+        self._listeners.append(listener)
+
+    async def start(self) -> None:
+        """Begin loading and return at once: resolve files and tokenizer here, spawn the engine, build it there.
+
+        With `config.engine_process` False the engine runs in a thread of this process instead, for debugging.
+        What goes wrong is reported by `wait_ready()`.
+        """
+        self._supervisor.start()
+
+    async def wait_ready(self) -> None:
+        """Wait until the engine is ready.
+
+        Raises:
+            AiosError: what prevented it: ModelNotFoundError, ConfigError, ... if found in this process, and
+                EngineDeadError with the reason if the engine process reported it or died.
+        """
+        await self._supervisor.wait_ready()
+
+    def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Do the checks of `generate()` without generating, so that a route can refuse before it answers.
+
+        Raises:
+            InvalidRequestError: empty or too long a prompt, an id outside the output width, too many logprobs, more
+                tokens asked for than the context has left (with the numbers). `param` names the field to blame.
+            EngineUnavailableError: not ready, draining or dead.
+            QueueFullError: as many requests wait as may.
+        """
+        self._admit(prompt_token_ids, params)
+
+    async def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestDelta, None]:
+        """Generate, yielding what was gained since the last look: several steps coalesce if the consumer is slow.
+
+        `params.n` choices are generated side by side, seeded from `params.seed` and their index. `max_tokens=None`
+        means what the context has left. The same `request_id` may be open more than once. Leaving the iterator early
+        (`aclose()`, cancellation, garbage) aborts the request and frees its pages. An abort from elsewhere ends it
+        with finish reason "abort".
+
+        Raises, at the first `anext`:
+            InvalidRequestError, EngineUnavailableError, QueueFullError: as `check_request`.
+            QueueFullError: also, before any delta, if the engine's own queue refused it.
+
+        Raises, at any `anext`:
+            RequestFailedError: this request failed inside the engine.
+            EngineDeadError: the engine died.
+        """
+        params = self._admit(prompt_token_ids, params)
+        stream = self._requests.stream(
+            prompt_token_ids, params, request_id=request_id, priority=priority, cache_salt=cache_salt
+        )
+        async with aclosing(stream):
+            async for delta in stream:
+                yield delta
+
+    async def abort(self, request_id: str) -> int:
+        """End every open request with exactly this id; returns how many there were."""
+        return 0 if self._desk is None else self._desk.abort(request_id)
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False if requests still hold pages of them."""
+        if self.state not in (EngineState.READY, EngineState.DRAINING):
+            raise self._supervisor.unavailable()
+        return await self._requests.reset_prefix_cache()
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no new requests and wait for the open ones; after `timeout` seconds abort them.
+
+        Returns whether all of them finished by themselves.
+        """
+        self._supervisor.begin_drain()
+        return self._desk is None or await self._desk.finish(timeout)
+
+    async def shutdown(self) -> None:
+        """End at once: open requests raise EngineDeadError, the engine process is told to leave, then made to.
+
+        Can be called in any state and more than once.
+        """
+        await self._supervisor.shutdown()
+
+    @property
+    def _requests(self) -> RequestDesk:
+        """The desk opens once the model is read."""
+        if self._desk is None:
+            model, seed = self._supervisor.model, self._config.seed
+            processor = OutputProcessor(model.tokenizer, eos_token_ids=model.eos_token_ids, seed=seed)
+            self._desk = RequestDesk(processor, self._supervisor.send, self._listeners)
+        return self._desk
+
+    def _admit(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> SamplingParams:
+        if self.state is not EngineState.READY:
+            raise self._supervisor.unavailable()
+        params = resolve_bad_words(params, self.tokenizer)
+        AdmissionLimits.of(self.info, max_logprobs=self._config.max_logprobs).check(prompt_token_ids, params)
+        self._check_queue(params.n)
+        return params
+
+    def _check_queue(self, num_choices: int) -> None:
+        """The engine bounds its queue by itself; this tells a flood so without asking it."""
+        if self._config.max_num_queued_reqs is None:
+            return
+        room = self.info.max_num_seqs + self._config.max_num_queued_reqs
+        if num_choices > room:
+            raise InvalidRequestError(
+                f"n={num_choices} choices exceed the {room} that can run or wait (max_num_seqs plus "
+                "max_num_queued_reqs); ask for fewer",
+                param="n",
+            )
+        num_open = self._requests.num_open_choices
+        if num_open + num_choices > room:
+            raise QueueFullError(f"{num_open} sequences run or wait already, of at most {room}; try again later")
+
+    def _on_event(self, event: Event) -> None:
+        if self._desk is not None:
+            self._desk.receive(event)
+
+    def _on_death(self, error: EngineDeadError) -> None:
+        if self._desk is not None:
+            self._desk.fail_all(error)
+
+
+def _client_for(config: EngineConfig) -> EngineClient:
+    return ProcessClient() if config.engine_process else ThreadClient(lambda end: serve(end, build_with_progress))

@@ -1,0 +1,403 @@
+"""`aios-serve`: every flag of the server. Options become EngineConfig and ServerConfig, which know what is allowed.
+
+Nothing heavy is imported before the arguments are known to be right: `--help` and a typing error answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from aios_model.errors import AiosError, ConfigError
+from aios_serve.config import EngineConfig, parse_count
+from aios_serve.server_config import ServerConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+ENGINE = EngineConfig()
+SERVER = ServerConfig()
+
+HELP = """
+Serve a model behind an OpenAI-compatible endpoint.
+
+MODEL is a folder, a GGUF file, or a name on the Hugging Face hub.
+Without it, a small bundled model is served and nothing is downloaded.
+
+[bold]Examples[/bold]
+
+  [cyan]aios-serve[/cyan]
+  the bundled model, on http://127.0.0.1:8000
+
+  [cyan]aios-serve Qwen/Qwen3-0.6B --port 9000[/cyan]
+  a model from the hub
+
+  [cyan]aios-serve ./llama.gguf --max-model-len 8k --served-model-name llama[/cyan]
+  a local file, with 8192 tokens of context per request, called "llama" in requests
+
+  [cyan]AIOS_API_KEY=secret aios-serve --host 0.0.0.0[/cyan]
+  open to the network, for those who have the key
+"""
+
+# Where typer keeps click depends on its version; the class of every mistake in the arguments is this one.
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+class LoadFormat(StrEnum):
+    """Values of --load-format."""
+
+    auto = "auto"
+    safetensors = "safetensors"
+    gguf = "gguf"
+    dummy = "dummy"
+
+
+class DType(StrEnum):
+    """Values of --dtype."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+class Device(StrEnum):
+    """Values of --device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class KVCachePolicy(StrEnum):
+    """Values of --kv-cache-policy."""
+
+    paged = "paged"
+    contiguous = "contiguous"
+
+
+class LogLevel(StrEnum):
+    """Values of --log-level."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point of `aios-serve`; ends the process. Every mistake in the arguments is one line and status 2."""
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(args=None if args is None else list(args), prog_name="aios-serve", standalone_mode=False)
+    except UsageError as error:
+        reason = error.format_message().replace("Value error, ", "").rstrip(".")
+        _complain(f"{reason}; see aios-serve --help")
+        status = 2
+    except ConfigError as error:
+        _complain(_in_flags(str(error)))
+        status = 2
+    except AiosError as error:
+        _complain(str(error))
+        status = 1
+    except (typer.Abort, KeyboardInterrupt):
+        status = 130
+    sys.exit(status)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"aios-serve {version('aios-serve')}")
+        raise typer.Exit
+
+
+_MODEL, _HTTP, _MEMORY, _BATCHING, _PROCESS = "Model", "HTTP", "Memory", "Batching", "Process"
+
+
+def _option(*names: str, panel: str, help: str, **settings: object) -> typer.models.OptionInfo:
+    return typer.Option(*names, rich_help_panel=panel, help=help, **settings)  # type: ignore[arg-type]
+
+
+@app.command(help=HELP)
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Folder, GGUF file or hub name.", show_default="bundled")
+    ] = None,
+    *,
+    served_model_name: Annotated[
+        list[str] | None,
+        _option(
+            "--served-model-name",
+            panel=_MODEL,
+            metavar="NAME",
+            help="What requests call the model. Can be given several times; the first stands in answers.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, _option("--tokenizer", panel=_MODEL, help="Take the tokenizer from here instead.")
+    ] = None,
+    revision: Annotated[
+        str | None, _option("--revision", panel=_MODEL, help="Branch, tag or commit on the hub.")
+    ] = None,
+    download_dir: Annotated[
+        Path | None, _option("--download-dir", panel=_MODEL, help="Folder for downloads, instead of the hub's cache.")
+    ] = None,
+    load_format: Annotated[
+        LoadFormat,
+        _option("--load-format", panel=_MODEL, help="Which weights to read. dummy draws random ones."),
+    ] = LoadFormat.auto,
+    dtype: Annotated[
+        DType,
+        _option("--dtype", panel=_MODEL, help="Type of the weights in memory. auto: float32 on CPU, else the file's."),
+    ] = DType.auto,
+    device: Annotated[
+        Device, _option("--device", panel=_MODEL, help="auto takes a GPU if there is one.")
+    ] = Device.auto,
+    max_model_len: Annotated[
+        str,
+        _option(
+            "--max-model-len",
+            panel=_MODEL,
+            metavar="TOKENS",
+            help="Longest prompt plus answer: 8192, 8k, or auto for what the model and the memory allow.",
+        ),
+    ] = "auto",
+    generation_config: Annotated[
+        str,
+        _option(
+            "--generation-config",
+            panel=_MODEL,
+            metavar="auto|none|FOLDER",
+            help="Where sampling defaults come from: the model (auto), nowhere (none), or a folder.",
+        ),
+    ] = ENGINE.generation_config,
+    chat_template: Annotated[
+        str | None,
+        _option("--chat-template", panel=_MODEL, metavar="FILE", help="Jinja template to use instead of the model's."),
+    ] = None,
+    max_logprobs: Annotated[
+        int, _option("--max-logprobs", panel=_MODEL, help="Most alternatives per token that a request may ask for.")
+    ] = ENGINE.max_logprobs,
+    seed: Annotated[
+        int, _option("--seed", panel=_MODEL, help="Seeds requests that bring no seed of their own, and dummy weights.")
+    ] = ENGINE.seed or 0,
+    host: Annotated[
+        str, _option("--host", panel=_HTTP, help="Address to listen on. 0.0.0.0 opens the server to the network.")
+    ] = SERVER.host,
+    port: Annotated[int, _option("--port", panel=_HTTP, help="TCP port; 0 takes a free one.")] = SERVER.port,
+    uds: Annotated[
+        Path | None, _option("--uds", panel=_HTTP, help="Listen on this Unix domain socket instead of a port.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None,
+        _option(
+            "--api-key",
+            panel=_HTTP,
+            metavar="KEY",
+            envvar="AIOS_API_KEY",
+            help="Ask every request for a key. Can be given several times. The variable hides it from `ps`.",
+        ),
+    ] = None,
+    allowed_origins: Annotated[
+        list[str] | None,
+        _option(
+            "--allowed-origins",
+            panel=_HTTP,
+            metavar="ORIGIN",
+            help='Web pages that may call the server (CORS): an origin, several times, or a JSON list; "*" for all.',
+        ),
+    ] = None,
+    ssl_certfile: Annotated[
+        Path | None, _option("--ssl-certfile", panel=_HTTP, help="Certificate chain (PEM): turns on HTTPS.")
+    ] = None,
+    ssl_keyfile: Annotated[
+        Path | None, _option("--ssl-keyfile", panel=_HTTP, help="Private key of the certificate (PEM).")
+    ] = None,
+    shutdown_timeout: Annotated[
+        float,
+        _option("--shutdown-timeout", panel=_HTTP, help="Seconds that requests may go on after SIGTERM or Ctrl+C."),
+    ] = SERVER.shutdown_timeout,
+    device_memory_utilization: Annotated[
+        float | None,
+        _option(
+            "--device-memory-utilization",
+            "--gpu-memory-utilization",
+            panel=_MEMORY,
+            show_default="GPU 0.9, CPU 0.25",
+            help="Share of the memory to use: on a GPU for everything, on the CPU for the KV cache.",
+        ),
+    ] = None,
+    kv_cache_memory_bytes: Annotated[
+        str | None,
+        _option("--kv-cache-memory-bytes", panel=_MEMORY, metavar="BYTES", help="Size of the KV cache, such as 4GiB."),
+    ] = None,
+    num_gpu_blocks_override: Annotated[
+        int | None,
+        _option("--num-gpu-blocks-override", panel=_MEMORY, help="Number of KV pages, whatever the memory; CPU too."),
+    ] = None,
+    block_size: Annotated[int, _option("--block-size", panel=_MEMORY, help="Tokens per KV page.")] = ENGINE.block_size,
+    enable_prefix_caching: Annotated[
+        bool,
+        _option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            panel=_MEMORY,
+            help="Keep the pages of finished prompts, so that prompts that begin alike are not computed again.",
+        ),
+    ] = ENGINE.enable_prefix_caching,
+    kv_cache_policy: Annotated[
+        KVCachePolicy,
+        _option(
+            "--kv-cache-policy",
+            panel=_MEMORY,
+            help="contiguous reserves a whole context per request: the naive way, to compare with.",
+        ),
+    ] = KVCachePolicy.paged,
+    max_num_seqs: Annotated[
+        int, _option("--max-num-seqs", panel=_BATCHING, help="Requests that run at once.")
+    ] = ENGINE.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        _option(
+            "--max-num-batched-tokens",
+            panel=_BATCHING,
+            show_default="CPU 256, GPU 2048",
+            help="Tokens per step: more reads prompts faster, fewer keeps answers flowing meanwhile.",
+        ),
+    ] = None,
+    enable_chunked_prefill: Annotated[
+        bool,
+        _option(
+            "--enable-chunked-prefill/--no-enable-chunked-prefill",
+            panel=_BATCHING,
+            help="Read long prompts in pieces between the steps of other requests.",
+        ),
+    ] = ENGINE.enable_chunked_prefill,
+    max_num_queued_reqs: Annotated[
+        int, _option("--max-num-queued-reqs", panel=_BATCHING, help="Requests that may wait; more get a 503.")
+    ] = ENGINE.max_num_queued_reqs or 0,
+    tensor_parallel_size: Annotated[
+        int,
+        _option("--tensor-parallel-size", "-tp", panel=_PROCESS, help="Devices that share each layer; only 1 so far."),
+    ] = ENGINE.tensor_parallel,
+    threads: Annotated[
+        int | None,
+        _option("--threads", panel=_PROCESS, show_default="one per core", help="CPU threads of the engine."),
+    ] = None,
+    engine_process: Annotated[
+        bool,
+        _option(
+            "--engine-process/--no-engine-process",
+            panel=_PROCESS,
+            help="Run the engine in a process of its own. Off, one process does all, for debugging.",
+        ),
+    ] = ENGINE.engine_process,
+    log_level: Annotated[
+        LogLevel, _option("--log-level", panel=_PROCESS, help="How much the server says.")
+    ] = LogLevel.info,
+    version: Annotated[
+        bool,
+        _option("--version", panel=_PROCESS, help="Show the version and leave.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> int:
+    """Check the options and serve; returns the exit status."""
+    engine_config = EngineConfig(
+        model=model,
+        tokenizer=tokenizer,
+        revision=revision,
+        download_dir=None if download_dir is None else str(download_dir),
+        load_format=load_format.value,
+        dtype=dtype.value,
+        device=device.value,
+        seed=seed,
+        max_model_len=None if max_model_len == "auto" else parse_count(max_model_len, option="max_model_len"),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_chunked_prefill=enable_chunked_prefill,
+        enable_prefix_caching=enable_prefix_caching,
+        block_size=block_size,
+        kv_cache_memory_bytes=None
+        if kv_cache_memory_bytes is None
+        else parse_count(kv_cache_memory_bytes, option="kv_cache_memory_bytes"),
+        num_gpu_blocks_override=num_gpu_blocks_override,
+        device_memory_utilization=device_memory_utilization,
+        kv_cache_policy=kv_cache_policy.value,
+        max_num_queued_reqs=max_num_queued_reqs,
+        max_logprobs=max_logprobs,
+        served_model_name=tuple(served_model_name or ()),
+        generation_config=generation_config,
+        chat_template=chat_template,
+        threads=threads,
+        tensor_parallel=tensor_parallel_size,
+        engine_process=engine_process,
+        log_level=log_level.value,
+    )
+    server_config = ServerConfig(
+        host=host,
+        port=port,
+        uds=uds,
+        api_keys=tuple(api_key or ()),
+        allowed_origins=_origins(allowed_origins or []),
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        shutdown_timeout=shutdown_timeout,
+    )
+    return _run(engine_config, server_config, log_level.value)
+
+
+def _run(engine_config: EngineConfig, server_config: ServerConfig, log_level: str) -> int:
+    """Everything is right so far: now import the server, which takes half a second."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    console.print(f"aios-serve {version('aios-serve')}", highlight=False)
+
+    from aios_serve.logging_setup import configure_logging
+    from aios_serve.server import run_server
+
+    configure_logging(log_level, console)
+    return run_server(engine_config, server_config, console=console)
+
+
+def _origins(values: Sequence[str]) -> tuple[str, ...]:
+    """Origins as given one by one, or as a JSON list, which is how vLLM takes them."""
+    origins: list[str] = []
+    for value in values:
+        if not value.lstrip().startswith("["):
+            origins.append(value)
+            continue
+        try:
+            listed = json.loads(value)
+        except ValueError:
+            listed = None
+        if not isinstance(listed, list) or not all(isinstance(origin, str) for origin in listed):
+            raise ConfigError(f"allowed_origins={value!r} cannot be used: write a JSON list of strings, or one origin")
+        origins.extend(listed)
+    return tuple(origins)
+
+
+def _in_flags(message: str) -> str:
+    """A ConfigError in the words of the command line: `max_model_len=0 ...` becomes `--max-model-len=0 ...`."""
+    names = {*EngineConfig.__dataclass_fields__, *ServerConfig.__dataclass_fields__, "tensor_parallel_size"}
+    flags = {name: "--" + name.replace("_", "-") for name in names}
+    flags |= {"tensor_parallel": "--tensor-parallel-size"}
+    return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
+
+
+def _complain(message: str) -> None:
+    line = " ".join(message.split())
+    typer.echo(f"aios-serve: {line}", err=True)
+
+
+if __name__ == "__main__":
+    main()

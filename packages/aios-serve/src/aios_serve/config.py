@@ -1,0 +1,224 @@
+"""EngineConfig: every option the engine honours, checked before anything is loaded.
+
+The flags of `aios-serve` and the keyword arguments of `InferenceEngine` are these fields.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_type_hints
+
+from aios_model.errors import ConfigError
+
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Device = Literal["auto", "cpu", "cuda"]
+KVCachePolicy = Literal["paged", "contiguous"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of one engine. None means "decide from the model and the machine" wherever it is allowed.
+
+    Attributes:
+        model: Folder, GGUF file, hub id ("org/name", "org/name:file.gguf"), or None / "bundled" for the bundled model.
+        tokenizer: Folder, GGUF file or hub id to take the tokenizer from; None takes the model's own.
+        revision: Branch, tag or commit on the hub.
+        download_dir: Folder for downloads; None uses the hub's cache.
+        load_format: Which weights to read; "dummy" draws random ones for a model that has only a config.
+        dtype: Type of weights and activations; "auto" is float32 on the CPU and the checkpoint's own on a GPU.
+        device: "auto" takes a GPU if there is one.
+        seed: Seeds dummy weights and requests that bring no seed of their own; None draws those from the system.
+        max_model_len: Longest prompt plus output, in tokens; None takes what the model and the pool allow.
+        max_num_seqs: Requests that run at once.
+        max_num_batched_tokens: Tokens per step; None is 256 on the CPU, where more would stall running requests for
+            seconds, and 2048 on a GPU.
+        enable_chunked_prefill: Split prompts over steps. Off, a prompt must fit in one step.
+        enable_prefix_caching: Keep pages of finished requests and find them by their tokens.
+        block_size: Tokens per page.
+        kv_cache_memory_bytes: Size of the pool; None lets `device_memory_utilization` decide.
+        num_gpu_blocks_override: Number of pages, whatever the memory; vLLM's name, on the CPU too.
+        device_memory_utilization: Share of the memory that is free once the weights are loaded, for the pool. None is
+            0.9 on a GPU; on the CPU it is 0.25, and no more than max_num_seqs requests of full length need.
+        kv_cache_policy: "paged", or "contiguous": one reservation of max_model_len per slot, for comparison.
+        max_num_queued_reqs: Requests that may wait before more are refused; None means any number.
+        max_logprobs: Most alternatives per token a request may ask for.
+        served_model_name: Names that requests may use, the first of them in answers; empty uses the checkpoint's name.
+        generation_config: "auto" takes sampling defaults from the model, "none" takes none of them (vLLM's word "vllm"
+            is accepted), a folder takes its generation_config.json.
+        chat_template: Template text, or a file holding it, instead of the model's own.
+        threads: Threads for torch on the CPU; None takes torch's choice within this process's share of the cores.
+        tensor_parallel: Devices that share each layer. Only 1 until aios-parallel is there.
+        quantization: Only None ("none") until aios-quant is there.
+        engine_process: Run the engine in a process of its own (`AsyncEngine` only).
+        heartbeat_timeout: Seconds without a sign of life after which the engine counts as stuck.
+        log_level: How much the engine process says.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    load_format: LoadFormat = "auto"
+    dtype: DType = "auto"
+    device: Device = "auto"
+    seed: int | None = 0
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
+    block_size: int = 16
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    device_memory_utilization: float | None = None
+    kv_cache_policy: KVCachePolicy = "paged"
+    max_num_queued_reqs: int | None = 1024
+    max_logprobs: int = 20
+    served_model_name: tuple[str, ...] = ()
+    generation_config: str = "auto"
+    chat_template: str | None = None
+    threads: int | None = None
+    tensor_parallel: int = 1
+    quantization: str | None = None
+    engine_process: bool = True
+    heartbeat_timeout: float = 30.0
+    log_level: LogLevel = "info"
+
+    def __post_init__(self) -> None:
+        self._normalise()
+        self._check_types()
+        self._check_choices()
+        self._check_ranges()
+        self._check_combinations()
+        self._refuse_missing_layers()
+
+    @classmethod
+    def from_options(cls, **options: Any) -> EngineConfig:
+        """Build from keyword arguments; an unknown one is a ConfigError that names the closest known option."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
+                raise ConfigError(f"unknown engine option {name!r}; {hint}")
+        return cls(**options)
+
+    def _normalise(self) -> None:
+        for name in ("model", "tokenizer", "download_dir", "generation_config", "chat_template"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                self._set(name, os.fspath(value))
+        names = self.served_model_name
+        self._set("served_model_name", (names,) if isinstance(names, str) else tuple(names or ()))
+        if self.quantization == "none":
+            self._set("quantization", None)
+        if self.generation_config == "vllm":
+            self._set("generation_config", "none")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            kinds = _plain_types(hint)
+            if kinds and type(getattr(self, name)) not in kinds:
+                wanted = " or ".join(sorted(kind.__name__.replace("NoneType", "None") for kind in kinds))
+                raise _bad(name, getattr(self, name), f"it must be {wanted}")
+        if not all(isinstance(name, str) and name for name in self.served_model_name):
+            raise _bad("served_model_name", self.served_model_name, "every name must be a string that is not empty")
+
+    def _check_choices(self) -> None:
+        for name, kinds in (
+            ("load_format", LoadFormat),
+            ("dtype", DType),
+            ("device", Device),
+            ("kv_cache_policy", KVCachePolicy),
+            ("log_level", LogLevel),
+        ):
+            choices = get_args(kinds)
+            if getattr(self, name) not in choices:
+                raise _bad(name, getattr(self, name), f"choose one of {', '.join(choices)}")
+
+    def _check_ranges(self) -> None:
+        for name, low in (
+            ("max_model_len", 1),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("block_size", 1),
+            ("kv_cache_memory_bytes", 1),
+            ("num_gpu_blocks_override", 1),
+            ("max_num_queued_reqs", 0),
+            ("max_logprobs", 0),
+            ("threads", 1),
+            ("tensor_parallel", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**48:
+                raise _bad(name, value, f"it must be at least {low}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise _bad("seed", self.seed, "it must be between 0 and 2**63 - 1")
+        share = self.device_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise _bad("device_memory_utilization", share, "it is a share above 0 and up to 1, such as 0.9")
+        if not 0 < self.heartbeat_timeout < float("inf"):
+            raise _bad("heartbeat_timeout", self.heartbeat_timeout, "it must be a positive number of seconds")
+
+    def _check_combinations(self) -> None:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
+            raise _bad(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"a step must hold one token of each of max_num_seqs={self.max_num_seqs} requests; "
+                "raise it or lower max_num_seqs",
+            )
+        if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
+            raise ConfigError(
+                "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
+            )
+
+    def _refuse_missing_layers(self) -> None:
+        if self.tensor_parallel > 1:
+            raise _bad(
+                "tensor_parallel",
+                self.tensor_parallel,
+                "splitting a model needs the layer aios-parallel, which is not there yet; leave it at 1",
+            )
+        if self.quantization is not None:
+            raise _bad(
+                "quantization",
+                self.quantization,
+                "quantising needs the layer aios-quant, which is not there yet; leave it out (GGUF files are "
+                "read as they are, and dequantised)",
+            )
+
+
+def parse_count(text: str, *, option: str) -> int:
+    """Read a number of tokens or bytes as people write it: "8192", "8k" (8192), "2.5M", "4GiB", "1g".
+
+    Suffixes k, m, g and t are powers of 1024, with or without "b" or "ib" behind, in any case.
+
+    Raises:
+        ConfigError: not such a number; the message names `option`.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(?:i?b)?|b)?", text.strip().lower(), re.ASCII)
+    if match is None:
+        raise _bad(option, text, "write a number such as 8192, 8k or 4GiB")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+
+
+def _plain_types(hint: object) -> tuple[type, ...]:
+    """The exact types a field annotated `hint` may hold; empty where choices are checked by name."""
+    kinds = tuple(get_args(hint)) or (hint,)
+    if not all(isinstance(kind, type) for kind in kinds):
+        return ()
+    plain = tuple(kind for kind in kinds if isinstance(kind, type))
+    return (*plain, int) if float in plain else plain
+
+
+def _bad(name: str, value: object, remedy: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r} cannot be used: {remedy}")

@@ -1,0 +1,211 @@
+"""The caller's end of the connection to an engine: a process of its own, or a thread of this one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Protocol, cast
+
+from aios_model.errors import ConfigError
+from aios_serve.channel import QueueChannel
+from aios_serve.messages import FrameBuffer, FrameError, decode_event, encode_frame
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aios_serve.channel import EngineChannel
+    from aios_serve.messages import Command, Event
+
+logger = logging.getLogger(__name__)
+
+ENGINE_COMMAND = (sys.executable, "-m", "aios_serve.engine_process")
+_EXIT_REASON_SECONDS = 0.5
+_LEAVE_SECONDS = 5.0
+
+
+class EngineClient(Protocol):
+    """A connection to one engine. Everything happens on the event loop that called `connect`."""
+
+    async def connect(self, on_event: Callable[[Event], None], on_lost: Callable[[str], None]) -> None:
+        """Start the engine; from then on tell about its events, and once, with the reason, when it is gone."""
+        ...
+
+    def send(self, command: Command) -> None:
+        """Hand over a command; FrameError if it is too large. Dropped if the engine is gone."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Whether the process or thread exists."""
+        ...
+
+    async def close(self) -> None:
+        """Make it leave and wait until it has left."""
+        ...
+
+
+class ProcessClient:
+    """Spawns the engine process and talks to it over an inherited socket pair.
+
+    Args:
+        command: What to run; `--fd N` is appended.
+    """
+
+    def __init__(self, command: Sequence[str] = ENGINE_COMMAND) -> None:
+        self._command = tuple(command)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine process."""
+        return self._process.pid if self._process else None
+
+    async def connect(self, on_event: Callable[[Event], None], on_lost: Callable[[str], None]) -> None:
+        """See EngineClient."""
+        if os.name == "nt":
+            raise ConfigError("engine_process=True cannot be used on Windows; use engine_process=False")
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = (*self._command, "--fd", str(theirs.fileno()))
+            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+        self._on_lost = on_lost
+        transport, _ = await asyncio.get_running_loop().create_connection(
+            lambda: _EventProtocol(on_event, self._lose), sock=ours
+        )
+        self._transport = cast("asyncio.WriteTransport", transport)
+
+    def send(self, command: Command) -> None:
+        """See EngineClient."""
+        frame = encode_frame(command)
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(frame)
+
+    def is_alive(self) -> bool:
+        """See EngineClient."""
+        return self._process is not None and self._process.poll() is None
+
+    async def close(self) -> None:
+        """See EngineClient. Closing the socket ends its loop after the step at hand; then it is killed."""
+        if self._transport is not None:
+            self._transport.close()
+        process = self._process
+        if process is None:
+            return
+        if not await _exited(process, _LEAVE_SECONDS):
+            logger.warning("the engine process %d did not leave in %g s and is killed", process.pid, _LEAVE_SECONDS)
+            process.kill()
+            await _exited(process, _LEAVE_SECONDS)
+        await asyncio.sleep(0)  # lets the closed transport report its end
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _lose(self, reason: str | None) -> None:
+        task = asyncio.get_running_loop().create_task(self._report_loss(reason))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _report_loss(self, reason: str | None) -> None:
+        process = self._process
+        if reason is None and process is not None and await _exited(process, _EXIT_REASON_SECONDS):
+            reason = _exit_reason(process.returncode)
+        self._on_lost(reason or "the engine process closed its connection")
+
+
+class ThreadClient:
+    """Runs the engine in a daemon thread of this process, through the same messages, not encoded.
+
+    Args:
+        serve: What the thread does with its end of the channel.
+    """
+
+    def __init__(self, serve: Callable[[EngineChannel], object]) -> None:
+        self._serve = serve
+        self._channel: QueueChannel | None = None
+        self._thread: threading.Thread | None = None
+
+    async def connect(self, on_event: Callable[[Event], None], on_lost: Callable[[str], None]) -> None:
+        """See EngineClient."""
+        loop = asyncio.get_running_loop()
+
+        def call(callback: Callable[..., None], *arguments: object) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(callback, *arguments)
+
+        def run(channel: QueueChannel) -> None:
+            try:
+                self._serve(channel)
+            finally:
+                call(on_lost, "the engine thread ended")
+
+        self._channel = QueueChannel(lambda event: call(on_event, event))
+        self._thread = threading.Thread(target=run, args=(self._channel,), name="aios-engine", daemon=True)
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """See EngineClient."""
+        if self._channel is not None:
+            self._channel.put(command)
+
+    def is_alive(self) -> bool:
+        """See EngineClient."""
+        return self._thread is not None and self._thread.is_alive()
+
+    async def close(self) -> None:
+        """See EngineClient. A thread cannot be killed: one that is stuck is left behind, as a daemon."""
+        if self._channel is None or self._thread is None:
+            return
+        self._channel.close()
+        await asyncio.to_thread(self._thread.join, _LEAVE_SECONDS)
+
+
+class _EventProtocol(asyncio.Protocol):
+    """Bytes from the engine process into events."""
+
+    def __init__(self, on_event: Callable[[Event], None], on_lost: Callable[[str | None], None]) -> None:
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._buffer = FrameBuffer()
+        self._reason: str | None = None
+        self._transport: asyncio.BaseTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            events = [decode_event(body) for body in self._buffer.feed(data)]
+        except FrameError as error:
+            self._reason = f"the engine process sent something that is no message: {error}"
+            if self._transport is not None:
+                self._transport.close()
+            return
+        for event in events:
+            self._on_event(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_lost(self._reason)
+
+
+async def _exited(process: subprocess.Popen[bytes], timeout: float) -> bool:
+    """Wait without blocking the event loop, and without the child watchers that differ between event loops."""
+    deadline = asyncio.get_running_loop().time() + timeout
+    while process.poll() is None:
+        if asyncio.get_running_loop().time() > deadline:
+            return False
+        await asyncio.sleep(0.01)
+    return True
+
+
+def _exit_reason(returncode: int) -> str:
+    if returncode >= 0:
+        return f"the engine process ended with status {returncode}"
+    name = signal.Signals(-returncode).name if -returncode in signal.valid_signals() else str(-returncode)
+    hint = " (perhaps for want of memory)" if name == "SIGKILL" else ""
+    return f"the engine process was killed by {name}{hint}"

@@ -1,0 +1,120 @@
+"""aios_sched's Engine, addressed in the messages of this package: the same for the offline and the async engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aios_sched.request import Request
+from aios_serve.messages import ChildOutput, Outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aios_model.sampling.rows import TokenLogprobs
+    from aios_sched.engine import Engine
+    from aios_sched.output import TokenOutput
+    from aios_sched.stats import EngineStats, RequestTiming, StepStats
+    from aios_serve.messages import AddRequest, ChildRequest
+
+
+class EnginePort:
+    """Adds whole requests (all their choices or none) and returns each step as one message."""
+
+    def __init__(
+        self, engine: Engine, *, step_tokens: StepTokenCounter, reset_prefix_cache: Callable[[], bool]
+    ) -> None:
+        self._engine = engine
+        self._step_tokens = step_tokens
+        self._reset_prefix_cache = reset_prefix_cache
+        self._silent: dict[str, Request] = {}  # requests without an output so far
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether a step would do anything."""
+        return self._engine.has_unfinished
+
+    def add(self, message: AddRequest) -> None:
+        """Queue every choice of a request.
+
+        Raises:
+            InvalidRequestError, QueueFullError, ...: what the scheduler says; none of the choices is queued then.
+        """
+        added: list[str] = []
+        try:
+            for child in message.children:
+                request = _request(message, child)
+                self._engine.add(request)
+                self._silent[child.engine_id] = request
+                added.append(child.engine_id)
+        except Exception:
+            self.abort(added)
+            raise
+
+    def abort(self, engine_ids: Sequence[str]) -> None:
+        """Stop these choices; unknown ids are fine."""
+        for engine_id in engine_ids:
+            self._silent.pop(engine_id, None)
+        self._engine.abort(engine_ids)
+
+    def step(self) -> Outputs:
+        """Run one step."""
+        outputs = [self._child_output(output) for output in self._engine.step()]
+        return Outputs(outputs=outputs, stats=self._engine.stats(), num_tokens=self._step_tokens.take())
+
+    def stats(self) -> EngineStats:
+        """The engine's counters."""
+        return self._engine.stats()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes; False if running requests hold pages of them."""
+        return self._reset_prefix_cache()
+
+    def _child_output(self, output: TokenOutput) -> ChildOutput:
+        first = self._silent.pop(output.request_id, None)
+        return ChildOutput(
+            engine_id=output.request_id,
+            token_ids=output.token_ids,
+            logprobs=_logprobs(output.logprobs),
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            num_cached_tokens=output.num_cached_tokens,
+            error=output.error,
+            scheduled_time=None if first is None else first.first_scheduled_time,
+        )
+
+
+class StepTokenCounter:
+    """Listens to the engine for how many tokens its steps computed, which its own counters do not tell."""
+
+    def __init__(self) -> None:
+        self._num_tokens = 0
+
+    def on_step(self, stats: StepStats) -> None:
+        """See StatsListener."""
+        self._num_tokens += stats.num_tokens
+
+    def on_finished(self, timing: RequestTiming) -> None:
+        """See StatsListener."""
+
+    def take(self) -> int:
+        """Tokens since the last call."""
+        num_tokens, self._num_tokens = self._num_tokens, 0
+        return num_tokens
+
+
+def _request(message: AddRequest, child: ChildRequest) -> Request:
+    return Request(
+        request_id=child.engine_id,
+        prompt_token_ids=message.prompt_token_ids,
+        params=message.params,
+        seed=child.seed,
+        eos_token_ids=message.eos_token_ids,
+        arrival_time=message.arrival_time,
+        priority=message.priority,
+        cache_salt=message.cache_salt,
+    )
+
+
+def _logprobs(entries: Sequence[TokenLogprobs | None]) -> list[TokenLogprobs] | None:
+    kept = [entry for entry in entries if entry is not None]
+    return kept or None

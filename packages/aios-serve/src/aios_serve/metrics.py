@@ -1,0 +1,206 @@
+"""Prometheus metrics under vLLM's names, so that its dashboards work unchanged.
+
+Two sources: gauges and counters are read from the engine's latest statistics when somebody scrapes, histograms are fed
+by the engine as it goes (`EngineListener`). The registry belongs to the application: nothing global, no other library's
+metrics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from aios_serve.errors import EngineUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from aios_sched.stats import EngineStats
+    from aios_serve.async_engine import AsyncEngine
+    from aios_serve.outputs import RequestTiming
+
+LABELS = ("model_name", "engine")
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+# From 1 ms: a small model answers within vLLM's first bucket, and all of its percentiles would be that bucket.
+TOKEN_SECONDS = tuple(step * 10.0**power for power in range(-3, 2) for step in (1, 1.5, 2, 3, 4, 5, 7.5))
+REQUEST_SECONDS = tuple(step * 10.0**power for power in range(-3, 4) for step in (1, 2, 3, 5, 8))
+TOKEN_COUNTS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
+STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class ServerMetrics:
+    """The metrics of one server; subscribe it to the engine."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+        self._families = _families(self._registry)
+        self._series: _Series | None = None
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """What a scraper gets, and its content type; `accept` is the scraper's Accept header."""
+        if _is_known(self._engine):
+            self._bound()  # zeros before the first request, so that rates have a beginning
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self._registry), content_type
+
+    def on_step(self, *, stats: EngineStats, num_tokens: int) -> None:
+        """A step ended."""
+        self._bound().step_tokens.observe(num_tokens)
+
+    def on_tokens(self, *, num_tokens: int, seconds: float, first: bool) -> None:
+        """A choice gained tokens, `seconds` after its last ones."""
+        series = self._bound()
+        if first:
+            series.first_token.observe(seconds)
+        else:
+            for _ in range(num_tokens):
+                series.inter_token.observe(seconds / num_tokens)
+
+    def on_finished(self, timing: RequestTiming) -> None:
+        """A request ended."""
+        series = self._bound()
+        series.finished[timing.finish_reason].inc()
+        series.prompt_tokens.observe(timing.num_prompt_tokens)
+        series.generation_tokens.observe(timing.num_generation_tokens)
+        series.end_to_end.observe(timing.total_seconds)
+        inference = None
+        if timing.prefill_seconds is not None and timing.decode_seconds is not None:
+            inference = timing.prefill_seconds + timing.decode_seconds
+        for histogram, seconds in (
+            (series.queue, timing.queue_seconds),
+            (series.prefill, timing.prefill_seconds),
+            (series.decode, timing.decode_seconds),
+            (series.inference, inference),
+            (series.per_output_token, timing.seconds_per_output_token),
+        ):
+            if seconds is not None:
+                histogram.observe(seconds)
+
+    def _bound(self) -> _Series:
+        """The series with their labels, which are known only once the engine is ready."""
+        if self._series is None:
+            self._series = self._families.bind(self._engine.model_name)
+        return self._series
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Series:
+    """Histograms with labels filled in, and the counter of finished requests by reason."""
+
+    step_tokens: Histogram
+    first_token: Histogram
+    inter_token: Histogram
+    per_output_token: Histogram
+    end_to_end: Histogram
+    queue: Histogram
+    prefill: Histogram
+    decode: Histogram
+    inference: Histogram
+    prompt_tokens: Histogram
+    generation_tokens: Histogram
+    finished: dict[str, Counter]
+
+
+@dataclass(frozen=True, slots=True)
+class _Families:
+    """Histograms and the counter before their labels are known."""
+
+    histograms: dict[str, Histogram]
+    finished: Counter
+
+    def bind(self, model_name: str) -> _Series:
+        histograms = {name: family.labels(model_name, "0") for name, family in self.histograms.items()}
+        finished = {reason: self.finished.labels(model_name, "0", reason) for reason in FINISH_REASONS}
+        return _Series(**histograms, finished=finished)
+
+
+def _families(registry: CollectorRegistry) -> _Families:
+    def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=registry)
+
+    return _Families(
+        {
+            "step_tokens": histogram("iteration_tokens_total", "Tokens handled per engine step.", STEP_TOKENS),
+            "first_token": histogram("time_to_first_token_seconds", "Arrival to first token.", REQUEST_SECONDS),
+            "inter_token": histogram("inter_token_latency_seconds", "Between tokens of a choice.", TOKEN_SECONDS),
+            "per_output_token": histogram(
+                "request_time_per_output_token_seconds", "Mean time between a request's tokens.", TOKEN_SECONDS
+            ),
+            "end_to_end": histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_SECONDS),
+            "queue": histogram("request_queue_time_seconds", "Arrival to first step.", REQUEST_SECONDS),
+            "prefill": histogram("request_prefill_time_seconds", "First step to first token.", REQUEST_SECONDS),
+            "decode": histogram("request_decode_time_seconds", "First token to last token.", REQUEST_SECONDS),
+            "inference": histogram("request_inference_time_seconds", "First step to last token.", REQUEST_SECONDS),
+            "prompt_tokens": histogram("request_prompt_tokens", "Prompt tokens per request.", TOKEN_COUNTS),
+            "generation_tokens": histogram("request_generation_tokens", "Output tokens per request.", TOKEN_COUNTS),
+        },
+        Counter("vllm:request_success", "Finished requests.", (*LABELS, "finished_reason"), registry=registry),
+    )
+
+
+class _EngineCollector(Collector):
+    """Gauges and counters, read from the engine at the moment of a scrape. Empty until the engine is ready."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """The families with their values."""
+        stats = self._engine.stats()
+        if stats is None or not _is_known(self._engine):
+            return
+        for name, text, value in (
+            ("num_requests_running", "Requests in the running batch.", stats.num_running),
+            ("num_requests_waiting", "Requests waiting for a place in it.", stats.num_waiting),
+            ("kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", stats.kv_cache_usage),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
+            gauge.add_metric((self._engine.model_name, "0"), value)
+            yield gauge
+        for name, text, value in (
+            ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
+            ("num_preemptions", "Times a running request lost its pages.", stats.num_preemptions),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
+            counter.add_metric((self._engine.model_name, "0"), value)
+            yield counter
+        yield from self._cache_config()
+
+    def _cache_config(self) -> Iterator[Metric]:
+        """The pool of pages as labels of a gauge that is always 1."""
+        try:
+            info = self._engine.info
+        except EngineUnavailableError:
+            return
+        labels = {
+            "engine": "0",
+            "block_size": str(info.block_size),
+            "num_gpu_blocks": str(info.num_blocks),
+            "enable_prefix_caching": str(info.enable_prefix_caching),
+            "cache_dtype": info.dtype,
+            "kv_cache_policy": info.kv_cache_policy,
+        }
+        gauge = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is set up.", labels=tuple(labels))
+        gauge.add_metric(tuple(labels.values()), 1)
+        yield gauge
+
+
+def _is_known(engine: AsyncEngine) -> bool:
+    """Whether the engine has been ready, so that there is a model name to label samples with."""
+    try:
+        return bool(engine.model_name) and engine.stats() is not None
+    except EngineUnavailableError:
+        return False

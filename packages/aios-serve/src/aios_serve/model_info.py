@@ -1,0 +1,48 @@
+"""What the engine says about itself once it is ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """The engine as built: what "auto" turned into, and where the memory goes.
+
+    Attributes:
+        model_name: The name requests use: `served_model_name` if given, else the name of the checkpoint.
+        architecture: Family of the model, as "llama".
+        dtype: "float32", "bfloat16", "float16" or "float64".
+        device: "cpu" or "cuda".
+        vocab_size: Width of the output layer: every token id of a request must be below it.
+        num_weight_bytes: Memory of the weights.
+        kv_cache_policy: "paged" or "contiguous".
+        num_blocks: Usable pages of the pool.
+        block_size: Tokens in a page.
+        num_kv_bytes: Memory of the pool; on the CPU reserved virtually and backed as pages are first written.
+        max_model_len: Longest prompt plus output of one request, in tokens.
+        max_num_seqs: Requests that can run at once.
+        max_num_batched_tokens: Token budget of one step.
+        enable_prefix_caching: Whether finished prompts are found again.
+        threads: Threads that torch uses.
+        import_seconds: Time taken by `import torch`, 0 if it was imported already.
+        load_seconds: Time from then until ready.
+    """
+
+    model_name: str
+    architecture: str
+    dtype: str
+    device: str
+    vocab_size: int
+    num_weight_bytes: int
+    kv_cache_policy: str
+    num_blocks: int
+    block_size: int
+    num_kv_bytes: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool
+    threads: int
+    import_seconds: float
+    load_seconds: float

@@ -1,0 +1,236 @@
+"""What clients send: the request bodies of OpenAI's API with vLLM's extensions, checked field by field.
+
+Types are strict (`"5"` is no integer, `true` is no number), `null` means "not given", and a field nobody knows is
+accepted. A field that is known but cannot be honoured is refused by name in `refusals.py`, before these models see the
+body. What a request becomes for the engine is decided in `sampling_request.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+MAX_PROMPTS = 1024
+"""Most prompts of one completion request: each is a request to the engine, so a million is an attack or an accident."""
+
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+# Failing fast: a list of a million wrong items is one error, not a million.
+TokenIds = Annotated[list[int], Field(fail_fast=True)]
+Words = Annotated[list[str], Field(fail_fast=True)]
+
+
+class ApiModel(BaseModel):
+    """Base of every request body: strict about types, lenient about fields it does not know."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(ApiModel):
+    """What a stream carries besides the text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+def _stop_list(value: object) -> object:
+    """One stop string becomes a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class SamplingFields(ApiModel):
+    """What completions and chat completions have in common: how to sample, when to stop, what to return.
+
+    Ranges are checked where they are defined: in `SamplingParams`, which these become.
+    """
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    stop: Annotated[Words | None, BeforeValidator(_stop_list)] = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    logit_bias: Any = None  # a mapping; SamplingParams looks at its size before it looks inside
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Words | None = None
+    skip_special_tokens: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Int64 | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options can be given only together with stream: true")
+        return self
+
+    def most_prompt_tokens(self, max_model_len: int) -> int | None:
+        """Longest prompt worth tokenizing: the context, or anything if the request wants the prompt cut to fit."""
+        return max_model_len if self.truncate_prompt_tokens is None else None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def wants_continuous_usage(self) -> bool:
+        """Whether every chunk of the stream carries the usage so far."""
+        return self.wants_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Any
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_form(cls, value: object) -> object:
+        check_prompt_form(value)
+        return value
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list, in whichever of the four forms they came."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt
+
+
+class ChatMessage(ApiModel):
+    """One turn of a conversation. Unknown members (`name`, `tool_call_id`, ...) reach the template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = None
+
+    @field_validator("content")
+    @classmethod
+    def _text_only(cls, value: object) -> object:
+        if isinstance(value, list):
+            return "\n".join(_text_of_part(part) for part in value)
+        if value is None or isinstance(value, str):
+            return value
+        raise ValueError("content is a string or a list of parts such as {'type': 'text', 'text': '...'}")
+
+    @model_validator(mode="after")
+    def _something_to_say(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a {self.role} message needs content")
+        if (self.model_extra or {}).get("tool_calls"):
+            raise ValueError("tool_calls in messages are not supported by this server yet; leave them out")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as templates expect it: text as one string, "developer" under its older name "system"."""
+        message = dict(self.model_extra or {})
+        message["role"] = "system" if self.role == "developer" else self.role
+        message["content"] = self.content or ""
+        return message
+
+
+class TemplateFields(ApiModel):
+    """How messages become a prompt."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _one_way_to_go_on(self) -> TemplateFields:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
+
+
+class ChatCompletionRequest(SamplingFields, TemplateFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs can be given only together with logprobs: true")
+        return self
+
+
+class TokenizeCompletionRequest(ApiModel):
+    """Body of `POST /tokenize` for a plain text."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(TemplateFields):
+    """Body of `POST /tokenize` for a conversation."""
+
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(ApiModel):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = None
+    tokens: TokenIds
+
+
+def check_prompt_form(prompt: object) -> None:
+    """Accept a string, a list of strings, a list of token ids or a list of such lists.
+
+    Written by hand because a union of four list types would try them all and report an error for each wrong item.
+
+    Raises:
+        ValueError: another form, an empty list, or too many prompts.
+    """
+    if isinstance(prompt, str) or _is_token_ids(prompt):
+        return
+    if not isinstance(prompt, list):
+        raise ValueError("a prompt is a string, a list of strings, a list of token ids, or a list of such lists")
+    if not prompt:
+        raise ValueError("the list of prompts is empty")
+    if len(prompt) > MAX_PROMPTS:
+        raise ValueError(f"{len(prompt)} prompts in one request; at most {MAX_PROMPTS} are accepted")
+    if not (all(isinstance(item, str) for item in prompt) or all(_is_token_ids(item) for item in prompt)):
+        raise ValueError("a list of prompts holds either strings only, or lists of token ids that are not empty")
+
+
+def _is_token_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _text_of_part(part: object) -> str:
+    """The text of one content part; the kinds that need another modality are refused by name."""
+    if not isinstance(part, dict):
+        raise ValueError("each part of content is an object such as {'type': 'text', 'text': '...'}")
+    kind = part.get("type")
+    if kind not in ("text", "input_text", "output_text"):
+        raise ValueError(f"content part of type {str(kind)[:40]!r} is not supported: this server reads text only")
+    if not isinstance(part.get("text"), str):
+        raise ValueError(f"content part of type {kind!r} needs a string member 'text'")
+    return part["text"]

@@ -1,0 +1,1 @@
+"""One file per concern; each exports a `router`. The path of a request begins in `chat.py`."""

@@ -1,0 +1,17 @@
+"""`GET /metrics`: everything Prometheus scrapes."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from aios_serve.serving import ServingDep
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/metrics")
+async def scrape(request: Request, serving: ServingDep) -> Response:
+    """Metrics in the Prometheus text format, or OpenMetrics if the scraper asks for it."""
+    text, content_type = serving.metrics.exposition(request.headers.get("accept", ""))
+    return Response(text, headers={"Content-Type": content_type})

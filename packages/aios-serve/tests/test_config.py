@@ -1,0 +1,83 @@
+"""EngineConfig: what is refused, and that the message helps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from aios_model.errors import ConfigError
+from aios_serve.config import EngineConfig, parse_count
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_num_seqs": 0}, ["max_num_seqs=0", "at least 1"]),
+        ({"max_num_seqs": "8"}, ["max_num_seqs='8'", "int"]),
+        ({"max_num_seqs": True}, ["max_num_seqs=True", "int"]),
+        ({"max_num_seqs": 2**63}, ["max_num_seqs", "at least 1"]),
+        ({"max_model_len": -1}, ["max_model_len=-1"]),
+        ({"block_size": 0}, ["block_size=0"]),
+        ({"seed": -1}, ["seed=-1"]),
+        ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
+        ({"device": "tpu"}, ["device='tpu'", "cuda"]),
+        ({"load_format": "pickle"}, ["load_format='pickle'", "safetensors"]),
+        ({"kv_cache_policy": "swap"}, ["kv_cache_policy='swap'", "contiguous"]),
+        ({"device_memory_utilization": 1.5}, ["device_memory_utilization=1.5", "0.9"]),
+        ({"device_memory_utilization": float("nan")}, ["device_memory_utilization=nan"]),
+        ({"heartbeat_timeout": float("inf")}, ["heartbeat_timeout=inf"]),
+        ({"served_model_name": ("a", "")}, ["served_model_name"]),
+        ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, ["max_num_batched_tokens=4", "max_num_seqs=8"]),
+        ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, ["kv_cache_memory_bytes", "one of them"]),
+        ({"tensor_parallel": 2}, ["tensor_parallel=2", "aios-parallel", "not there yet"]),
+        ({"quantization": "int4"}, ["quantization='int4'", "aios-quant", "not there yet"]),
+    ],
+)
+def test_a_value_that_cannot_be_honoured_is_refused_by_name(options, words):
+    with pytest.raises(ConfigError) as refusal:
+        EngineConfig(**options)
+    for word in words:
+        assert word in str(refusal.value)
+
+
+def test_an_unknown_option_names_the_closest_known_one():
+    with pytest.raises(ConfigError, match=r"'max_num_seq'.*did you mean 'max_num_seqs'"):
+        EngineConfig.from_options(max_num_seq=3)
+
+
+def test_aliases_and_paths_are_brought_to_one_form():
+    config = EngineConfig(
+        model=Path("a/b"),
+        served_model_name="one",
+        quantization="none",
+        generation_config="vllm",
+        device_memory_utilization=1,
+    )
+    assert config.model == str(Path("a/b"))
+    assert config.served_model_name == ("one",)
+    assert config.quantization is None
+    assert config.generation_config == "none"
+    assert config == EngineConfig(
+        model=str(Path("a/b")), served_model_name=("one",), generation_config="none", device_memory_utilization=1.0
+    )
+
+
+def test_a_config_survives_the_wire():
+    config = EngineConfig(model="m", served_model_name=("a", "b"), max_model_len=128, device_memory_utilization=0.5)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("8192", 8192), ("8k", 8192), ("8K", 8192), ("1.5k", 1536), ("4GiB", 4 * 2**30), ("4 gb", 4 * 2**30), ("10b", 10)],
+)
+def test_counts_are_read_as_people_write_them(text, count):
+    assert parse_count(text, option="x") == count
+
+
+@pytest.mark.parametrize("text", ["", "k", "-1", "8kk", "1e3", "8 q", "٣"])
+def test_what_is_no_count_is_refused_with_the_option(text):
+    with pytest.raises(ConfigError, match="kv_cache_memory_bytes"):
+        parse_count(text, option="kv_cache_memory_bytes")
