@@ -316,4 +316,7 @@ def test_new_tokens_are_written_in_the_order_in_which_they_are_packed():
         SequenceSlice(start=3, length=6, block_table=[5, 2, 7]),
         SequenceSlice(start=8, length=1, block_table=[1, 3, 4]),
     ]
-    assert write_slots(batch, block_size=4) == [23, 8, 9, 10, 11, 28, 16]
+    slots = write_slots(batch, block_size=4, device=torch.device("cpu"))
+    assert slots.tolist() == [23, 8, 9, 10, 11, 28, 16]
+    one_run = write_slots(batch[1:], block_size=4, device=torch.device("cpu"))
+    assert one_run == slice(16, 17)

@@ -102,7 +102,7 @@ def test_bfloat16_stays_near_float32(saved):
 def test_a_planted_error_is_seen(saved):
     model, folder = saved("qwen3")
     decoder = load_decoder(folder)
-    decoder.layers[1].attention.query_norm.eps = 1.0
+    decoder.layers[1].attention.query_norm._eps.fill_(1.0)
     with pytest.raises(AssertionError):
         assert_same_logits(decoder, model)
 

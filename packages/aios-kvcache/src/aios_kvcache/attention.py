@@ -44,6 +44,10 @@ def paged_attention(
     Returns:
         [T, N, H].
     """
+    if len(plan.decode_groups) == 1 and not plan.prefill_chunks:  # the usual step of few sequences
+        [group] = plan.decode_groups
+        k, v = buffers.read(keys_PKH, values_PKH, group.slots)
+        return _attend_decodes(q_TNH, k, v, group, scale=scale)
     out_TNH = q_TNH.new_empty(q_TNH.shape)
     for group in plan.decode_groups:
         k, v = buffers.read(keys_PKH, values_PKH, group.slots)

@@ -264,7 +264,7 @@ def group_by_length(lengths: Sequence[int], *, max_keys: int) -> list[list[int]]
     return [sorted(group) for group in groups]
 
 
-def write_slots(batch: Sequence[SequenceSlice], *, block_size: int) -> list[int]:
+def write_slots(batch: Sequence[SequenceSlice], *, block_size: int, device: torch.device) -> Slots:
     """Where each of the batch's T new tokens goes, in the order in which they are packed."""
     slots: list[int] = []
     for piece in batch:
@@ -272,7 +272,7 @@ def write_slots(batch: Sequence[SequenceSlice], *, block_size: int) -> list[int]
             base = piece.block_table[index] * block_size
             begin = max(piece.start - index * block_size, 0)
             slots.extend(range(base + begin, base + min(piece.end - index * block_size, block_size)))
-    return slots
+    return _as_slots(slots, device=device)
 
 
 def _slots_of_pages(table_BW: Tensor, block_size: int) -> Tensor:
@@ -281,9 +281,9 @@ def _slots_of_pages(table_BW: Tensor, block_size: int) -> Tensor:
 
 
 def _as_slots(indices: list[int], *, device: torch.device) -> Slots:
-    if _is_run(indices):
+    if indices and _is_run(indices):
         return slice(indices[0], indices[-1] + 1)
-    return torch.tensor(indices, device=device)
+    return torch.tensor(indices, dtype=torch.int64, device=device)
 
 
 def _is_run(numbers: Sequence[int]) -> bool:

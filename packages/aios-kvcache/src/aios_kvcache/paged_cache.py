@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aios_kvcache.attention import GatherBuffers, paged_attention
-from aios_kvcache.attention_plan import AttentionPlan, AttentionPlanner, SequenceSlice, write_slots
+from aios_kvcache.attention_plan import AttentionPlan, AttentionPlanner, SequenceSlice, Slots, write_slots
 from aios_kvcache.block import BlockCopy
 from aios_kvcache.errors import PoolTooSmallError
 from aios_kvcache.layout import KEY, VALUE, pool_shape
@@ -70,7 +70,8 @@ class PagedKVCache:
         self._buffers = GatherBuffers(dtype=dtype, device=self.device)
         self._planners = {window: self._planner(window) for window in {None, *(spec.window for spec in self._specs)}}
         self._plans: dict[int | None, AttentionPlan] = {}
-        self._slots_T = torch.empty(0, dtype=torch.int64, device=self.device)
+        self._slots_T: Slots = slice(0, 0)
+        self._num_tokens = 0
 
     @property
     def num_bytes(self) -> int:
@@ -89,9 +90,8 @@ class PagedKVCache:
                     f"tokens [{piece.start}, {piece.end}) are none, or more than "
                     f"{len(piece.block_table)} pages of {self.block_size} hold"
                 )
-        self._slots_T = torch.tensor(
-            write_slots(batch, block_size=self.block_size), dtype=torch.int64, device=self.device
-        )
+        self._slots_T = write_slots(batch, block_size=self.block_size, device=self.device)
+        self._num_tokens = sum(piece.length for piece in batch)
         self._plans = self._plan(batch)
 
     def attend(self, layer: int, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ class PagedKVCache:
             [T, N, H].
         """
         keys_PKH, values_PKH, spec = self._keys[layer], self._values[layer], self._specs[layer]
-        assert len(q_TNH) == len(self._slots_T), f"{len(self._slots_T)} tokens are bound, {len(q_TNH)} came"
-        keys_PKH.index_copy_(0, self._slots_T, k_TKH)
-        values_PKH.index_copy_(0, self._slots_T, v_TKH)
+        assert len(q_TNH) == self._num_tokens, f"{self._num_tokens} tokens are bound, {len(q_TNH)} came"
+        _write(keys_PKH, self._slots_T, k_TKH)
+        _write(values_PKH, self._slots_T, v_TKH)
         plan = self._plans[spec.window]
         return paged_attention(q_TNH, keys_PKH, values_PKH, plan, scale=spec.scale, buffers=self._buffers)
 
@@ -142,6 +142,13 @@ class PagedKVCache:
                 plans[effective] = self._planners[effective].plan(batch)
             plans[window] = plans[effective]
         return plans
+
+
+def _write(pool_PKH: Tensor, slots: Slots, values_TKH: Tensor) -> None:
+    if isinstance(slots, slice):
+        pool_PKH[slots] = values_TKH
+    else:
+        pool_PKH.index_copy_(0, slots, values_TKH)
 
 
 def _allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
