@@ -11,7 +11,7 @@ from collections.abc import Callable
 from enum import Enum
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typer.models import OptionInfo
 
@@ -72,6 +72,8 @@ def _values(kind: Any, option: OptionInfo) -> list[str]:
         return []
     if isinstance(kind, type) and issubclass(kind, Enum):
         return [f"`{choice.value}`" for choice in kind]
+    if get_origin(kind) is Literal:
+        return [f"`{choice}`" for choice in get_args(kind)]
     if option.metavar:
         return [f"*{option.metavar}*"]
     plain = [

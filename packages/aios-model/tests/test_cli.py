@@ -38,7 +38,7 @@ def test_chat_applies_the_template_and_seeds_repeat():
 def test_inspect_prints_parts_costs_and_rooflines():
     result = CliRunner().invoke(app, ["inspect", "--hardware", "h100", "--memory", "1"])
     assert result.exit_code == 0, result.output
-    for text in ("134,515,008", "tied", "0.41 GFLOP", "h100", "tok/s at most", "45.0 KiB per token"):
+    for text in ("134,515,008", "tied", "0.41 GFLOP", "h100", "tok/s at most", "22.5 KiB per token"):
         assert text in result.output
 
 

@@ -98,6 +98,7 @@ def test_every_flag_arrives(run, tmp_path):
         max_num_queued_reqs=9,
         threads=3,
         engine_process=False,
+        log_level="warning",
     )
     assert (server.host, server.port, str(server.uds)) == ("0.0.0.0", 9000, "x.sock")
     assert server.api_keys == ("k1", "k2")
