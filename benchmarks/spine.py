@@ -68,7 +68,12 @@ def measure_transformers(batch: int, threads: int) -> dict[str, float]:
     options: dict[str, Any] = {"do_sample": False, "pad_token_id": 2, "attention_mask": torch.ones_like(ids)}
 
     def run(tokens: int) -> float:
-        return timed(lambda: model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **options))
+        outputs = []
+        seconds = timed(
+            lambda: outputs.extend(model.generate(ids, min_new_tokens=tokens, max_new_tokens=tokens, **options))
+        )
+        assert [len(output) for output in outputs] == [PROMPT_TOKENS + tokens] * batch
+        return seconds
 
     return {"tok/s": decode_rate(run, batch)}
 
@@ -83,7 +88,11 @@ def measure_aios(batch: int, threads: int) -> dict[str, float]:
 
         def run(tokens: int) -> float:
             params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-            return timed(lambda: engine.generate(prompts(batch), params))
+            outputs = []
+            seconds = timed(lambda: outputs.extend(engine.generate(prompts(batch), params)))
+            # A request that failed is quick, too.
+            assert [len(output.outputs[0].token_ids) for output in outputs] == [tokens] * batch, outputs
+            return seconds
 
         rate = decode_rate(run, batch)
         return {"tok/s": rate, "scheduler share": engine.stats().scheduler_share}

@@ -84,3 +84,12 @@ def test_in_a_pool_so_small_that_requests_are_preempted():
         assert tokens(engine.generate(prompts(), greedy(64))) == expected()
         assert engine.stats().num_preemptions > 0
         assert engine.stats().kv_cache_usage == 0.0
+
+
+@pytest.mark.gpu
+def test_on_a_cuda_device():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    with build(device="cuda", max_num_seqs=20) as engine:
+        assert tokens(engine.generate(prompts(), greedy(64))) == expected()
