@@ -156,10 +156,12 @@ class _Room:
         fitting = self.num_pages(block_size, at_most=None) * block_size
         if contiguous:
             fitting = self.budget // (FIRST_BLOCK + 1) // self.bytes_per_token
+        remedy = f"the largest context that fits is {fitting} tokens: lower max_model_len to that, or "
+        if fitting < 1:
+            remedy = "not even one page fits: "
         return PoolTooSmallError(
             f"one sequence of {length} tokens needs {_gib(needed)} of keys and values "
-            f"({self.bytes_per_token} bytes a token), but {there_is}; the largest context that fits is "
-            f"{fitting} tokens: lower max_model_len to that, or give the cache more memory"
+            f"({self.bytes_per_token} bytes a token), but {there_is}; {remedy}give the cache more memory"
         )
 
 
