@@ -99,7 +99,7 @@ def measure_aios(batch: int, threads: int) -> dict[str, float]:
 
 
 def measure_load(threads: int) -> dict[str, float]:
-    """Peak resident memory of loading, in MB, beyond `import torch` and the weights themselves."""
+    """Peak resident memory of loading, in MiB, beyond `import torch` and the weights themselves."""
     import resource
 
     import torch
@@ -111,7 +111,7 @@ def measure_load(threads: int) -> dict[str, float]:
     seconds = timed(lambda: globals().update(model=load_model(device="cpu", dtype="float32")))
     weights = globals()["model"].num_weight_bytes / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"import torch MB": before, "weights MB": weights, "beyond MB": peak - before - weights, "seconds": seconds}
+    return {"import torch MiB": before, "weights MiB": weights, "beyond MiB": peak - before - weights, "seconds": seconds}
 
 
 def measure_first_token(threads: int) -> dict[str, float]:
@@ -213,8 +213,8 @@ def print_table(results: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         ("`import torch` in the engine process, seconds", "first-token", "import torch s", 2),
         ("first token, seconds after `import torch` was done", "first-token", "after import s", 2),
         ("first token, seconds after start", "first-token", "first token s", 2),
-        ("weights, MB", "load", "weights MB", 0),
-        ("peak while loading beyond `import torch` and weights, MB", "load", "beyond MB", 0),
+        ("weights, MiB", "load", "weights MiB", 0),
+        ("peak while loading beyond `import torch` and weights, MiB", "load", "beyond MiB", 0),
     ):
         print(f"| {title} | {_cell(report[worker][key], digits)} |")
     return report
