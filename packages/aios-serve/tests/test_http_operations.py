@@ -72,13 +72,13 @@ async def test_detokenize_refuses_what_is_no_token(client, tokens):
     ],
 )
 async def test_health_is_about_life_and_ready_about_new_requests(client, engine, state, healthy, health, ready):
-    engine.state, engine.healthy, engine.state_detail = state, healthy, "/root/model is broken"
+    engine.state, engine.healthy, engine.state_detail = state, healthy, "/srv/model is broken"
     assert (await client.get("/health")).status_code == health
     assert (await client.get("/ping")).status_code == health
     assert (await client.post("/ping")).status_code == health
     response = await client.get("/ready")
     assert response.status_code == ready
-    assert "/root" not in response.text
+    assert "/srv" not in response.text
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny"])
