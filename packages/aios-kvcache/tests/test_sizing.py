@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from aios_kvcache.errors import PoolTooSmallError
 from aios_kvcache.sizing import available_memory, device_budget, plan_pool
-from aios_model.config import LayerSpec, ModelConfig
+from aios_model.config import LayerSpec, ModelConfig, RopeScaling
 from aios_model.errors import ConfigError
 
 BYTES_PER_TOKEN = 2 * 2 * (3 * 64 + 1 * 32)  # keys and values, 2 bytes each, over two unlike layers
@@ -195,3 +196,11 @@ def test_available_memory_of_this_machine_is_plausible():
 
 def test_without_proc_the_operating_system_is_asked_in_another_way(tmp_path):
     assert available_memory(root=tmp_path) > 1 << 20
+
+
+def test_an_automatic_context_is_the_declared_one_which_dynamic_rope_stretches_only_when_asked():
+    dynamic = replace(config(64), rope_scaling=RopeScaling(rope_type="dynamic", factor=2.0))
+    assert plan(config=dynamic).max_model_len == 64
+    assert plan(config=dynamic, max_model_len=128).max_model_len == 128
+    with pytest.raises(ConfigError, match=r"129.*128"):
+        plan(config=dynamic, max_model_len=129)

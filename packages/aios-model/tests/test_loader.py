@@ -151,3 +151,20 @@ def test_interleaved_rows_are_put_back_into_halves():
     halves = torch.arange(12).view(2, 6)
     interleaved = halves.view(2, 2, 3).transpose(1, 2).reshape(12)
     assert interleaved[rows_in_halves(12, 2)].tolist() == list(range(12))
+
+
+def test_dynamic_rope_is_stretched_for_the_context_that_is_served_and_no_further(folder):
+    from aios_model.errors import InvalidRequestError
+    from aios_model.generate import generate_tokens
+    from aios_model.sampling.params import SamplingParams
+
+    change_config(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0})
+    declared = load_model(str(folder), device="cpu")
+    stretched = load_model(str(folder), device="cpu", context_length=200)
+    assert (declared.decoder.context_length, stretched.decoder.context_length) == (128, 200)
+    frequencies = [model.decoder.rotary.inverse_frequencies for model in (declared, stretched)]
+    assert (frequencies[1][1:] < frequencies[0][1:]).all()
+    prompt, params = [1] * 150, SamplingParams(temperature=0, max_tokens=2)
+    assert len(list(generate_tokens(stretched, prompt, params))) in (1, 2)
+    with pytest.raises(InvalidRequestError, match="150 tokens, the context holds 128"):
+        next(generate_tokens(declared, prompt, params))

@@ -86,7 +86,7 @@ def plan_pool(
         available_bytes = available_memory()
     budget = memory_bytes if memory_bytes is not None else int((available_bytes or 0) * DEFAULT_MEMORY_SHARE)
     room = _Room(bytes_per_token=config.kv_bytes_per_token(dtype_bytes), budget=budget, num_blocks=num_blocks)
-    length = max_model_len or min(config.max_context_length, DEFAULT_MAX_MODEL_LEN)
+    length = max_model_len or min(config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     if policy == "contiguous":
         if max_model_len is None:
             length = room.longest_page(at_most=length)

@@ -7,7 +7,7 @@ nothing here imports torch, so that a process that only validates requests stays
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from aios_model.errors import ConfigError, UnsupportedModelError
@@ -155,10 +155,6 @@ class ModelConfig:
     def kv_bytes_per_token(self, dtype_bytes: int) -> int:
         """Bytes of keys and values that one token leaves behind in all layers."""
         return sum(2 * layer.num_key_value_heads * layer.head_dim * dtype_bytes for layer in self.layers)
-
-    def with_layers(self, layers: tuple[LayerSpec, ...]) -> ModelConfig:
-        """The same model with other layers, for instance one pipeline stage's."""
-        return replace(self, layers=layers)
 
     def _check_positive(self, names: str) -> None:
         for name in names.split():

@@ -27,16 +27,18 @@ class DecoderModel(nn.Module):
 
     Args:
         config: What the model looks like.
-        context_length: Longest context that will be served, in tokens; only dynamic rope depends on it.
+        context_length: Longest context that will be served, in tokens; only dynamic rope depends on it. None is the
+            length the checkpoint declares.
     """
 
     def __init__(self, config: ModelConfig, *, context_length: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.context_length = context_length or config.max_position_embeddings
         self.dtype = torch.float32
         self.device = torch.device("meta")
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
-        self.rotary = RotaryEmbedding(config, context_length=context_length)
+        self.rotary = RotaryEmbedding(config, context_length=self.context_length)
         self.layers = nn.ModuleList(DecoderLayer(config, spec, layer=i) for i, spec in enumerate(config.layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)

@@ -147,7 +147,7 @@ def _finish_reason(token_id: int, num_output: int, max_tokens: int, stop_token_i
 
 def _check(model: LoadedModel, prompt: list[int], params: SamplingParams) -> int:
     """Validates the request; the number of tokens that may be drawn."""
-    limit = model.config.max_context_length
+    limit = model.decoder.context_length
     if not prompt:
         raise InvalidRequestError("the prompt is empty; give it at least one token", param="prompt")
     if len(prompt) >= limit:

@@ -42,10 +42,10 @@ class RotaryEmbedding(nn.Module):
             base is fixed by this length: one that grew with the sequence would make keys already cached wrong.
     """
 
-    def __init__(self, config: ModelConfig, *, context_length: int | None = None) -> None:
+    def __init__(self, config: ModelConfig, *, context_length: int) -> None:
         super().__init__()
         self._config = config
-        self._context_length = context_length or config.max_position_embeddings
+        self._context_length = context_length
         self.inverse_frequencies: Tensor = torch.empty(config.head_dim // 2, device="meta")
         self.attention_factor = 1.0
 
