@@ -56,6 +56,13 @@ def test_sched(session: nox.Session) -> None:
     pytest(session, "packages/aios-sched")
 
 
+@nox.session(name="test-quant", tags=["ci"])
+def test_quant(session: nox.Session) -> None:
+    """aios-quant over the layers below it; its checkpoints are read by transformers too."""
+    sync(session, "--package=aios-quant", "--group=test", "--group=oracle")
+    pytest(session, "packages/aios-quant")
+
+
 @nox.session(name="test-serve", tags=["ci"])
 def test_serve(session: nox.Session) -> None:
     """aios-serve over everything: HTTP in process, then end to end with the openai client and the bundled model."""

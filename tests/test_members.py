@@ -7,7 +7,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ("aios-model", "aios-kvcache", "aios-sched", "aios-serve")  # from the bottom up
+LAYERS = ("aios-model", "aios-kvcache", "aios-sched", "aios-quant", "aios-serve")  # from the bottom up
 HTTP_LIBRARIES = {"fastapi", "starlette", "uvicorn", "pydantic", "msgspec", "prometheus-client"}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aios_kvcache.errors import PoolTooSmallError
-from aios_kvcache.sizing import available_memory, device_budget, plan_pool
+from aios_kvcache.sizing import available_memory, device_budget, native_kv_bytes_per_token, plan_pool
 from aios_model.config import LayerSpec, ModelConfig, RopeScaling
 from aios_model.errors import ConfigError
 
@@ -204,3 +204,20 @@ def test_an_automatic_context_is_the_declared_one_which_dynamic_rope_stretches_o
     assert plan(config=dynamic, max_model_len=128).max_model_len == 128
     with pytest.raises(ConfigError, match=r"129.*128"):
         plan(config=dynamic, max_model_len=129)
+
+
+def test_native_pages_count_padding_and_scales():
+    assert native_kv_bytes_per_token(config(), "float32") == 2 * BYTES_PER_TOKEN
+    assert native_kv_bytes_per_token(config(), "bfloat16") == BYTES_PER_TOKEN
+    assert native_kv_bytes_per_token(config(), "int8") == BYTES_PER_TOKEN // 2 + 2 * 4 * (3 + 1)
+    small = replace(config(), layers=(LayerSpec(num_key_value_heads=2, head_dim=10, window=None, scale=1.0),))
+    assert native_kv_bytes_per_token(small, "bfloat16") == 2 * 2 * (10 + 16)
+
+
+def test_a_plan_goes_by_the_bytes_of_a_token_where_they_are_given():
+    bytes_per_token = native_kv_bytes_per_token(config(), "int8")
+    planned = plan(dtype_bytes=1, bytes_per_token=bytes_per_token, memory_bytes=1 << 20)
+    assert planned.num_blocks == (1 << 20) // (16 * bytes_per_token) - 1
+    assert planned.num_bytes == (planned.num_blocks + 1) * 16 * bytes_per_token
+    with pytest.raises(ConfigError, match="bytes_per_token must be positive"):
+        plan(bytes_per_token=0)

@@ -84,11 +84,44 @@ def test_a_tied_checkpoint_may_carry_its_head_which_the_tie_overrides(folder):
 
 def test_quantised_checkpoints_and_remote_code_are_refused(folder):
     change_config(folder, quantization_config={"quant_method": "awq"})
-    with pytest.raises(UnsupportedModelError, match="awq"):
+    with pytest.raises(UnsupportedModelError, match=r"quantised \(awq\).*aios-quant"):
+        load_model(str(folder), device="cpu")
+    change_config(folder, quantization_config=["awq"])
+    with pytest.raises(UnsupportedModelError, match="unknown"):
         load_model(str(folder), device="cpu")
     change_config(folder, quantization_config=None, auto_map={"AutoModel": "evil.py"})
     with pytest.raises(UnsupportedModelError, match="auto_map"):
         load_model(str(folder), device="cpu")
+
+
+def test_a_source_transform_may_present_a_quantised_checkpoint_as_a_plain_one(folder):
+    """The weights lie under other names, which the transform puts right."""
+    change_config(folder, quantization_config={"quant_method": "renamed"})
+    names = load_file(folder / "model.safetensors").keys()
+    change_tensors(folder, lambda tensors: [tensors.update({f"{name}.codes": tensors.pop(name)}) for name in names])
+
+    class Renamed:
+        def __init__(self, source):
+            self._source = source
+
+        def entries(self):
+            return {name.removesuffix(".codes"): entry for name, entry in self._source.entries().items()}
+
+        def close(self):
+            self._source.close()
+
+    seen = []
+
+    def present(source, files):
+        seen.append(files.root)
+        return Renamed(source)
+
+    model = load_model(str(folder), device="cpu", source_transforms=[present])
+    head = load_file(folder / "model.safetensors")["lm_head.weight.codes"]
+    assert torch.equal(model.decoder.head.dense_weight(), head)
+    assert seen == [folder]
+    load_model(str(folder), device="cpu", source_transforms=[present], load_format="dummy")
+    assert seen == [folder]
 
 
 def test_dummy_weights_need_no_weight_file_and_repeat(folder):

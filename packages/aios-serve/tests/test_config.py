@@ -32,7 +32,7 @@ from aios_serve.config import EngineConfig, parse_count
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, ["max_num_batched_tokens=4", "max_num_seqs=8"]),
         ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, ["kv_cache_memory_bytes", "one of them"]),
         ({"tensor_parallel": 2}, ["tensor_parallel=2", "aios-parallel", "not there yet"]),
-        ({"quantization": "int4"}, ["quantization='int4'", "aios-quant", "not there yet"]),
+        ({"quantization": "int3"}, ["quantization='int3'", "int8", "as-stored"]),
     ],
 )
 def test_a_value_that_cannot_be_honoured_is_refused_by_name(options, words):
@@ -51,16 +51,20 @@ def test_aliases_and_paths_are_brought_to_one_form():
     config = EngineConfig(
         model=Path("a/b"),
         served_model_name="one",
-        quantization="none",
+        quantization=None,
         generation_config="vllm",
         device_memory_utilization=1,
     )
     assert config.model == str(Path("a/b"))
     assert config.served_model_name == ("one",)
-    assert config.quantization is None
+    assert config.quantization == "none"
     assert config.generation_config == "none"
     assert config == EngineConfig(
-        model=str(Path("a/b")), served_model_name=("one",), generation_config="none", device_memory_utilization=1.0
+        model=str(Path("a/b")),
+        served_model_name=("one",),
+        quantization="none",
+        generation_config="none",
+        device_memory_utilization=1.0,
     )
 
 

@@ -4,10 +4,12 @@ Bookkeeping (no torch):
     `BlockManager`      which page holds which token of which sequence
     `BlockCopy`         a page to copy before the step: copy-on-write
     `PrefixCacheStats`  what prefix caching saved
-    `PoolPlan`, `plan_pool`, `available_memory`, `device_budget`   how many pages there is room for
+    `PoolPlan`, `plan_pool`, `available_memory`, `device_budget`, `native_kv_bytes_per_token`
+                        how many pages there is room for
 Numbers (torch):
     `PagedKVCache`      the pages, filling the socket `aios_model.KVCache`
     `SequenceSlice`     one sequence's share of a step
+    `aios_kvcache.native`   the same in C++: `NativePagedKVCache`
 Errors:
     `SequenceError`, `UnknownSequenceError`, `DuplicateSequenceError`, `PoolTooSmallError`
 """
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from aios_kvcache.errors import DuplicateSequenceError, PoolTooSmallError, SequenceError, UnknownSequenceError
     from aios_kvcache.paged_cache import PagedKVCache
     from aios_kvcache.prefix_cache import PrefixCacheStats
-    from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
+    from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, native_kv_bytes_per_token, plan_pool
 
 __all__ = [
     "BlockCopy",
@@ -39,6 +41,7 @@ __all__ = [
     "UnknownSequenceError",
     "available_memory",
     "device_budget",
+    "native_kv_bytes_per_token",
     "plan_pool",
 ]
 
@@ -49,7 +52,7 @@ _HOMES = {
     "errors": ("DuplicateSequenceError", "PoolTooSmallError", "SequenceError", "UnknownSequenceError"),
     "paged_cache": ("PagedKVCache",),
     "prefix_cache": ("PrefixCacheStats",),
-    "sizing": ("PoolPlan", "available_memory", "device_budget", "plan_pool"),
+    "sizing": ("PoolPlan", "available_memory", "device_budget", "native_kv_bytes_per_token", "plan_pool"),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

@@ -6,7 +6,7 @@ This file only keeps the books; the numbers themselves lie in `paged_cache.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,6 +65,19 @@ class BlockCopy:
 
     source: int
     destination: int
+
+
+def independent_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
+    """Cuts a step's copies where one touches what an earlier one of the same wave wrote: a wave's may run together."""
+    waves: list[list[BlockCopy]] = []
+    written: set[int] = set()
+    for copy in copies:
+        if not waves or copy.source in written or copy.destination in written:
+            waves.append([])
+            written = set()
+        waves[-1].append(copy)
+        written.add(copy.destination)
+    return waves
 
 
 class FreeQueue:

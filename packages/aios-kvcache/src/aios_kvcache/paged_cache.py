@@ -6,18 +6,16 @@ The block manager decides which page holds what; this file holds the numbers. It
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
-from math import prod
 
 import torch
 from torch import Tensor
 
 from aios_kvcache.attention import GatherBuffers, paged_attention
 from aios_kvcache.attention_plan import AttentionPlan, AttentionPlanner, SequenceSlice, Slots, write_slots
-from aios_kvcache.block import BlockCopy
-from aios_kvcache.errors import PoolTooSmallError
+from aios_kvcache.block import BlockCopy, independent_waves
 from aios_kvcache.layout import KEY, VALUE, pool_shape
+from aios_kvcache.pool_memory import allocate_pool
 from aios_model.config import LayerSpec, ModelConfig
 from aios_model.errors import UnsupportedModelError
 
@@ -62,7 +60,9 @@ class PagedKVCache:
             if spec.kind != "attention":
                 raise UnsupportedModelError(f"layer {index} is of kind {spec.kind!r}, which keeps no pages")
         self.pools = [
-            _allocate(pool_shape(spec, num_blocks=num_blocks, block_size=block_size), dtype=dtype, device=self.device)
+            allocate_pool(
+                pool_shape(spec, num_blocks=num_blocks, block_size=block_size), dtype=dtype, device=self.device
+            )
             for spec in self._specs
         ]
         self._keys = [pool[KEY].flatten(0, 1) for pool in self.pools]
@@ -115,7 +115,7 @@ class PagedKVCache:
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copies whole pages in every layer, as if one after the other."""
-        for wave in _independent_waves(copies):
+        for wave in independent_waves(copies):
             sources = torch.tensor([copy.source for copy in wave], device=self.device)
             destinations = torch.tensor([copy.destination for copy in wave], device=self.device)
             for pool in self.pools:
@@ -151,39 +151,5 @@ def _write(pool_PKH: Tensor, slots: Slots, values_TKH: Tensor) -> None:
         pool_PKH.index_copy_(0, slots, values_TKH)
 
 
-def _allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that take no memory until they are written, where the device allows it."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    num_bytes = prod(shape) * dtype.itemsize
-    try:
-        memory = _map_anonymously(num_bytes)
-    except (OSError, ValueError, OverflowError) as error:
-        raise PoolTooSmallError(
-            f"{num_bytes / 2**30:.2f} GiB for one layer's keys and values cannot be reserved ({error}); "
-            "ask for fewer blocks or less KV cache memory"
-        ) from error
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-def _map_anonymously(num_bytes: int) -> mmap.mmap:
-    if hasattr(mmap, "MAP_ANONYMOUS"):  # private: shared memory would be charged to tmpfs, and not read as zero pages
-        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, num_bytes)
-
-
 def _bytes_per_key(spec: LayerSpec, dtype: torch.dtype) -> int:
     return spec.num_key_value_heads * spec.head_dim * dtype.itemsize
-
-
-def _independent_waves(copies: Sequence[BlockCopy]) -> list[list[BlockCopy]]:
-    """Cuts the list where a copy touches what an earlier one of the same wave wrote."""
-    waves: list[list[BlockCopy]] = []
-    written: set[int] = set()
-    for copy in copies:
-        if not waves or copy.source in written or copy.destination in written:
-            waves.append([])
-            written = set()
-        waves[-1].append(copy)
-        written.add(copy.destination)
-    return waves

@@ -10,11 +10,11 @@ from typing import Literal
 
 from aios_kvcache.errors import PoolTooSmallError
 from aios_kvcache.host_memory import available_memory
-from aios_kvcache.layout import FIRST_BLOCK, num_blocks_for
+from aios_kvcache.layout import FIRST_BLOCK, NativeKvDtype, num_blocks_for, value_width
 from aios_model.config import ModelConfig, check_context_length
 from aios_model.errors import ConfigError
 
-__all__ = ["CachePolicy", "PoolPlan", "available_memory", "device_budget", "plan_pool"]
+__all__ = ["CachePolicy", "PoolPlan", "available_memory", "device_budget", "native_kv_bytes_per_token", "plan_pool"]
 
 CachePolicy = Literal["paged", "contiguous"]
 
@@ -43,6 +43,7 @@ def plan_pool(
     config: ModelConfig,
     *,
     dtype_bytes: int,
+    bytes_per_token: int | None = None,
     block_size: int = 16,
     max_num_seqs: int,
     max_model_len: int | None = None,
@@ -59,6 +60,8 @@ def plan_pool(
     Args:
         config: The model's.
         dtype_bytes: Bytes per stored number.
+        bytes_per_token: What a token takes in all layers, where that is not `dtype_bytes` per number: see
+            `native_kv_bytes_per_token`.
         block_size: Tokens per page; the contiguous policy replaces it by `max_model_len`: one page per sequence.
         max_num_seqs: Sequences that run at once.
         max_model_len: Longest sequence to serve. None: what the model supports, up to 8,192, less if memory is short.
@@ -76,6 +79,7 @@ def plan_pool(
         memory_bytes=memory_bytes,
         num_blocks=num_blocks,
         dtype_bytes=dtype_bytes,
+        bytes_per_token=bytes_per_token,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
@@ -85,7 +89,9 @@ def plan_pool(
     if memory_bytes is None and num_blocks is None and available_bytes is None:
         available_bytes = available_memory()
     budget = memory_bytes if memory_bytes is not None else int((available_bytes or 0) * DEFAULT_MEMORY_SHARE)
-    room = _Room(bytes_per_token=config.kv_bytes_per_token(dtype_bytes), budget=budget, num_blocks=num_blocks)
+    if bytes_per_token is None:
+        bytes_per_token = config.kv_bytes_per_token(dtype_bytes)
+    room = _Room(bytes_per_token=bytes_per_token, budget=budget, num_blocks=num_blocks)
     length = max_model_len or min(config.max_position_embeddings, DEFAULT_MAX_MODEL_LEN)
     if policy == "contiguous":
         if max_model_len is None:
@@ -105,6 +111,16 @@ def plan_pool(
         )
     max_model_len = min(length, num_pages * block_size)
     return PoolPlan(num_blocks=num_pages, block_size=block_size, max_model_len=max_model_len, num_bytes=num_bytes)
+
+
+def native_kv_bytes_per_token(config: ModelConfig, dtype: NativeKvDtype) -> int:
+    """Bytes that one token takes in all layers of the native layout: padded values, and the scales of int8 included."""
+    number = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+    scales = 2 * 4 if dtype == "int8" else 0
+    return sum(
+        spec.num_key_value_heads * (number * (spec.head_dim + value_width(spec.head_dim)) + scales)
+        for spec in config.layers
+    )
 
 
 def device_budget(*, free_bytes: int, total_bytes: int, device_memory_utilization: float) -> int:

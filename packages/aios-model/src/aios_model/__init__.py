@@ -25,11 +25,12 @@ if TYPE_CHECKING:
         InvalidRequestError,
         ModelError,
         ModelNotFoundError,
+        NativeBuildError,
         UnsupportedModelError,
     )
     from aios_model.generate import generate_text, generate_tokens
     from aios_model.generation_config import GenerationDefaults
-    from aios_model.model import LoadedModel, ModelTransform, load_decoder, load_model
+    from aios_model.model import LoadedModel, ModelTransform, SourceTransform, load_decoder, load_model
     from aios_model.sampling.params import SamplingParams
     from aios_model.sampling.rows import SampledToken, SamplingRow, TokenLogprobs
     from aios_model.sampling.sampler import Sampler
@@ -49,11 +50,12 @@ _HOMES = {
         "InvalidRequestError",
         "ModelError",
         "ModelNotFoundError",
+        "NativeBuildError",
         "UnsupportedModelError",
     ),
     "aios_model.generate": ("generate_text", "generate_tokens"),
     "aios_model.generation_config": ("GenerationDefaults",),
-    "aios_model.model": ("LoadedModel", "ModelTransform", "load_decoder", "load_model"),
+    "aios_model.model": ("LoadedModel", "ModelTransform", "SourceTransform", "load_decoder", "load_model"),
     "aios_model.sampling.params": ("SamplingParams",),
     "aios_model.sampling.rows": ("SampledToken", "SamplingRow", "TokenLogprobs"),
     "aios_model.sampling.sampler": ("Sampler",),
@@ -79,10 +81,12 @@ __all__ = [
     "ModelFiles",
     "ModelNotFoundError",
     "ModelTransform",
+    "NativeBuildError",
     "SampledToken",
     "Sampler",
     "SamplingParams",
     "SamplingRow",
+    "SourceTransform",
     "TokenLogprobs",
     "Tokenizer",
     "UnsupportedModelError",

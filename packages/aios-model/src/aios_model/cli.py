@@ -128,7 +128,7 @@ def inspect(
     from aios_model.weights.hub import resolve_model
 
     files = resolve_model(model, revision=revision, tokenizer_only=True)
-    config = read_model_config(files)
+    config = read_model_config(files, allow_quantized=True)
     machines = [find_hardware(name) for name in hardware or []]
     print_report(Console(), files, config, machines, memory_gb=memory, context=min(context, config.max_context_length))
 

@@ -13,8 +13,13 @@ from aios_model.weights.gguf_file import GGUFFile
 from aios_model.weights.hub import ModelFiles, refuse_remote_code
 
 
-def read_model_config(files: ModelFiles) -> ModelConfig:
+def read_model_config(files: ModelFiles, *, allow_quantized: bool = False) -> ModelConfig:
     """The configuration behind `files`: `config.json` beside safetensors, the metadata inside a GGUF.
+
+    Args:
+        files: Where the checkpoint is.
+        allow_quantized: Don't refuse a checkpoint that declares a `quantization_config`: whoever reads its weights
+            knows what to do with it.
 
     Raises:
         CheckpointError: The file is missing or is not what it claims to be.
@@ -25,9 +30,8 @@ def read_model_config(files: ModelFiles) -> ModelConfig:
             return _from_gguf(files.weight_paths)
         raw = read_json(files.root / "config.json")
         refuse_remote_code(raw, files.name)
-        if "quantization_config" in raw:
-            method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
-            raise UnsupportedModelError(f"quantised checkpoints ({method}) are not supported yet; use the original one")
+        if not allow_quantized:
+            _refuse_quantized(raw.get("quantization_config"))
         return find_hf_family(raw).read_hf(raw)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{files.name}: {error}") from error
@@ -44,6 +48,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(raw).__name__}")
     return raw
+
+
+def _refuse_quantized(config: Any) -> None:
+    if config is None:
+        return
+    method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown"
+    raise UnsupportedModelError(
+        f"this checkpoint is quantised ({method}), which takes the package aios-quant to read: "
+        "run it with aios-serve, or use the original checkpoint"
+    )
 
 
 def _from_gguf(paths: tuple[Path, ...]) -> ModelConfig:

@@ -6,6 +6,7 @@
      │   ├─ ModelNotFoundError     no such path, hub id or bundled file
      │   ├─ UnsupportedModelError  an architecture, rope type or encoding we refuse to guess at
      │   └─ CheckpointError        a missing tensor, a wrong shape, a corrupted file
+     ├─ NativeBuildError     native kernels cannot be compiled or loaded here
      ├─ ChatTemplateError    the model's template refused the messages             (also a ValueError)
      └─ InvalidRequestError  a prompt or sampling parameter is out of range        (also a ValueError)
 
@@ -37,6 +38,10 @@ class UnsupportedModelError(ModelError):
 
 class CheckpointError(ModelError):
     """A tensor is missing or has the wrong shape, or a file is corrupted."""
+
+
+class NativeBuildError(AiosError):
+    """Native kernels cannot be compiled or loaded here; holds the compiler's words."""
 
 
 class ChatTemplateError(AiosError, ValueError):

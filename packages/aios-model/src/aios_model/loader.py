@@ -17,6 +17,7 @@ from aios_model.config import ModelConfig
 from aios_model.decoder import DecoderModel
 from aios_model.errors import CheckpointError
 from aios_model.families import Family, TensorLocation, family_named
+from aios_model.host_memory import return_freed_memory
 from aios_model.layers.embedding import Embedding
 from aios_model.layers.linear import Linear
 from aios_model.layers.norm import RMSNorm
@@ -27,6 +28,9 @@ from aios_model.weights.source import TensorEntry, WeightSource
 # Buffers that old checkpoints carry beside the weights; both formats' rope tables are recomputed or read apart.
 _DERIVED_SUFFIXES = ("rotary_emb.inv_freq", ".masked_bias", ".attention.bias")
 _ROPE_FACTORS = "rope_freqs.weight"
+
+# Parameters between two requests to the allocator to give memory back.
+_TRIM_ELEMENTS = 1 << 24
 
 ProgressCallback = Callable[[float], None]
 
@@ -68,13 +72,17 @@ def load_weights(
     done = 0
     for path, module in modules:
         _load_module(path, module, reader, dtype=dtype, device=device)
-        done += sum(_numel(slot) for slot in module_slots(path, module))
+        before, done = done, done + sum(_numel(slot) for slot in module_slots(path, module))
+        if done // _TRIM_ELEMENTS > before // _TRIM_ELEMENTS:
+            return_freed_memory()
         if progress is not None:
             progress(done / total)
     for module in decoder.modules():
         if isinstance(module, RotaryEmbedding):
             module.load(device=device, dtype=dtype, frequency_factors=reader.frequency_factors())
     decoder.dtype, decoder.device = dtype, device
+    reader.release()
+    return_freed_memory()
 
 
 def parameter_shapes(decoder: DecoderModel, file_format: str = "safetensors") -> dict[str, tuple[int, ...]]:
@@ -112,6 +120,11 @@ class _EntryReader:
         self._family = family
         self._format = file_format
         self._config = config
+
+    def release(self) -> None:
+        """Gives all mapped pages back, also those that the kernel read along with their neighbours."""
+        for entry in self._entries.values():
+            entry.release()
 
     def check(self, slots: list[ParameterSlot]) -> None:
         """Raises CheckpointError unless the source holds exactly the tensors that `slots` need, in their shapes."""

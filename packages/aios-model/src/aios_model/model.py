@@ -42,6 +42,14 @@ class ModelTransform(Protocol):
         ...
 
 
+class SourceTransform(Protocol):
+    """Presents a checkpoint's tensors otherwise than they lie in its files, such as the codes of a quantised layer."""
+
+    def __call__(self, source: WeightSource, files: ModelFiles) -> WeightSource:
+        """The source to load from instead of `source`; `source` itself if there is nothing to do for `files`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
     """A model ready to run, and what goes with it.
@@ -81,6 +89,7 @@ def load_model(
     chat_template: str | None = None,
     context_length: int | None = None,
     transforms: Sequence[ModelTransform] = (),
+    source_transforms: Sequence[SourceTransform] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LoadedModel:
@@ -97,6 +106,7 @@ def load_model(
         chat_template: Jinja text or file used instead of the model's own.
         context_length: As in `load_decoder`.
         transforms: As in `load_decoder`.
+        source_transforms: As in `load_decoder`.
         seed: As in `load_decoder`.
         progress: Told what is being done and how much of it is done.
 
@@ -116,6 +126,7 @@ def load_model(
         load_format=load_format,
         context_length=context_length,
         transforms=transforms,
+        source_transforms=source_transforms,
         seed=seed,
         progress=progress,
     )
@@ -137,6 +148,7 @@ def load_decoder(
     load_format: LoadFormat = "auto",
     context_length: int | None = None,
     transforms: Sequence[ModelTransform] = (),
+    source_transforms: Sequence[SourceTransform] = (),
     seed: int = 0,
     progress: Progress | None = None,
 ) -> DecoderModel:
@@ -149,6 +161,8 @@ def load_decoder(
         load_format: `auto`, `safetensors`, `gguf`, or `dummy` for random weights.
         context_length: Longest context that will be served, in tokens; None for the model's own limit.
         transforms: Applied between building and loading.
+        source_transforms: Applied to what the files hold, in order; checkpoints that declare a `quantization_config`
+            need one. Dummy weights are not transformed.
         seed: Of dummy weights.
         progress: Told what is being done and how much of it is done.
 
@@ -156,7 +170,7 @@ def load_decoder(
         ModelError: The checkpoint cannot be read or run.
         ConfigError: An option cannot be honoured.
     """
-    config = read_model_config(files)
+    config = read_model_config(files, allow_quantized=len(source_transforms) > 0)
     if context_length is not None:
         check_context_length(config, context_length)
     torch_device = resolve_device(device)
@@ -165,6 +179,8 @@ def load_decoder(
     for transform in transforms:
         transform(decoder)
     source, file_format = open_source(files, decoder, load_format=load_format, seed=seed)
+    for present in source_transforms if load_format != "dummy" else ():
+        source = present(source, files)
     load_weights(
         decoder,
         source,

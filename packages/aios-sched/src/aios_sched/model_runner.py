@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -10,10 +10,47 @@ from aios_sched.batch import pack
 from aios_sched.output import StepResult
 
 if TYPE_CHECKING:
-    from aios_kvcache.paged_cache import PagedKVCache
-    from aios_model.decoder import DecoderModel
+    from collections.abc import Sequence
+
+    from aios_kvcache.block import BlockCopy
+    from aios_kvcache.paged_cache import SequenceSlice
+    from aios_model.config import ModelConfig
     from aios_model.sampling.sampler import Sampler
     from aios_sched.output import SchedulerOutput
+
+
+class StepModel(Protocol):
+    """What computes a step: a `DecoderModel`, or whatever stands in for one."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model looks like."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    def __call__(self, tokens_T: torch.Tensor, positions_T: torch.Tensor, cache: Any, /) -> torch.Tensor:
+        """Hidden states [T, D] of the batch that `cache` is bound to."""
+        ...
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """[S, V]."""
+        ...
+
+
+class Pages(Protocol):
+    """Where a step's keys and values are: `PagedKVCache`, or the native one."""
+
+    def bind(self, batch: Sequence[SequenceSlice]) -> None:
+        """Prepares for a step whose tokens are those of `batch`."""
+        ...
+
+    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+        """Copies whole pages in every layer, as if one after the other."""
+        ...
 
 
 class ModelRunner:
@@ -25,7 +62,7 @@ class ModelRunner:
         sampler: Draws the tokens.
     """
 
-    def __init__(self, decoder: DecoderModel, cache: PagedKVCache, sampler: Sampler) -> None:
+    def __init__(self, decoder: StepModel, cache: Pages, sampler: Sampler) -> None:
         self._decoder = decoder
         self._cache = cache
         self._sampler = sampler

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.native.native_cache import NativePagedKVCache
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
 from aios_model.decoder import DecoderModel
 from aios_model.model import load_decoder, weight_bytes
+from aios_model.native.cores import usable_cores
 from aios_model.sampling.sampler import Sampler
 from aios_model.weights.hub import ModelFiles
+from aios_quant.checkpoints.source import quantized_checkpoint
+from aios_quant.native.decoder import NativeDecoder, unsupported
 from aios_sched.config import SchedulerConfig
 from aios_sched.engine import Engine
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
 from aios_sched.policy.fcfs import FCFSQueue
 from aios_sched.scheduler import Scheduler
+from aios_serve.backend import Backend, choose_backend
 from aios_serve.config import EngineConfig
 from aios_serve.engine_port import EnginePort, StepTokenCounter
 from aios_serve.model_info import EngineInfo
@@ -69,54 +72,56 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     """
     started = time.perf_counter()
     report = progress or (lambda stage, fraction: None)
-    torch.set_num_threads(config.threads or default_threads())
     files = find_model(config)
+    torch.set_num_threads(config.threads or default_threads())
+    report("choosing kernels", None)
+    backend = choose_backend(config, files)
     decoder = load_decoder(
         files,
-        dtype=config.dtype,
+        dtype=backend.dtype,
         device=config.device,
         load_format=config.load_format,
         context_length=config.max_model_len,
+        transforms=backend.transforms,
+        source_transforms=[quantized_checkpoint],
         seed=config.seed or 0,
         progress=report,
     )
     report("reserving the pool of pages", None)
-    plan = _plan(config, decoder)
+    plan = _plan(config, decoder, backend)
     limits = _scheduler_config(config, plan, decoder)
     block_manager = BlockManager(
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         enable_prefix_caching=_caches_prefixes(config),
     )
-    executor = LocalExecutor(_model_runner(decoder, plan))
+    executor = LocalExecutor(_model_runner(decoder, plan, backend))
     step_tokens = StepTokenCounter()
     engine = Engine(Scheduler(limits, block_manager, FCFSQueue()), executor, listeners=[step_tokens])
     port = EnginePort(engine, step_tokens=step_tokens, reset_prefix_cache=block_manager.reset_prefix_cache)
     info = _describe(
-        config, files, decoder, plan, limits, import_seconds=import_seconds, load_seconds=time.perf_counter() - started
+        config,
+        files,
+        decoder,
+        plan,
+        limits,
+        backend,
+        import_seconds=import_seconds,
+        load_seconds=time.perf_counter() - started,
     )
     return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown)
 
 
 def default_threads() -> int:
     """Torch's own choice (physical cores), but no more than this process may use at once."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(TORCH_THREADS, cores, _cgroup_cores() or cores))
+    return max(1, min(TORCH_THREADS, usable_cores()))
 
 
-def _cgroup_cores() -> int | None:
-    """The cgroup's CPU quota in cores, rounded up; None without one. Threads beyond it are put to sleep mid-barrier."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else max(1, -(-int(quota) // int(period)))
-
-
-def _plan(config: EngineConfig, decoder: DecoderModel) -> PoolPlan:
+def _plan(config: EngineConfig, decoder: DecoderModel, backend: Backend) -> PoolPlan:
     return plan_pool(
         decoder.config,
         dtype_bytes=decoder.dtype.itemsize,
+        bytes_per_token=backend.kv_bytes_per_token(decoder.config),
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
@@ -162,15 +167,28 @@ def _caches_prefixes(config: EngineConfig) -> bool:
     return config.enable_prefix_caching and config.kv_cache_policy == "paged"
 
 
-def _model_runner(decoder: DecoderModel, plan: PoolPlan) -> ModelRunner:
-    cache = PagedKVCache(
+def _model_runner(decoder: DecoderModel, plan: PoolPlan, backend: Backend) -> ModelRunner:
+    sampler = Sampler(vocab_size=decoder.config.vocab_size, device=decoder.device, pool=backend.pool)
+    if backend.pool is None or backend.kv_dtype is None:
+        cache = PagedKVCache(
+            decoder.config,
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+        return ModelRunner(decoder, cache, sampler)
+    pages = NativePagedKVCache(
         decoder.config,
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
-        dtype=decoder.dtype,
-        device=decoder.device,
+        pool=backend.pool,
+        kv_dtype=backend.kv_dtype,
     )
-    return ModelRunner(decoder, cache, Sampler(vocab_size=decoder.config.vocab_size, device=decoder.device))
+    if unsupported(decoder) is not None:  # its modules run, each with native kernels
+        return ModelRunner(decoder, pages, sampler)
+    native = NativeDecoder(decoder, pages, pool=backend.pool, max_positions=plan.max_model_len)
+    return ModelRunner(native, pages, sampler)
 
 
 def _describe(
@@ -179,6 +197,7 @@ def _describe(
     decoder: DecoderModel,
     plan: PoolPlan,
     limits: SchedulerConfig,
+    backend: Backend,
     *,
     import_seconds: float,
     load_seconds: float,
@@ -186,7 +205,10 @@ def _describe(
     return EngineInfo(
         model_name=config.served_model_name[0] if config.served_model_name else files.name,
         architecture=decoder.config.architecture,
-        dtype=str(decoder.dtype).removeprefix("torch."),
+        dtype=str(decoder.dtype if backend.pool is None else backend.weight_dtype).removeprefix("torch."),
+        quantization=backend.scheme,
+        kernels=backend.reason.partition("\n")[0],
+        kv_dtype=str(backend.kv_dtype or decoder.dtype).removeprefix("torch."),
         device=str(decoder.device),
         vocab_size=decoder.config.vocab_size,
         num_weight_bytes=weight_bytes(decoder),
@@ -198,7 +220,7 @@ def _describe(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         enable_prefix_caching=_caches_prefixes(config),
-        threads=torch.get_num_threads(),
+        threads=torch.get_num_threads() if backend.pool is None else backend.pool.num_threads,
         import_seconds=import_seconds,
         load_seconds=load_seconds,
     )

@@ -87,6 +87,15 @@ class KVCachePolicy(StrEnum):
     contiguous = "contiguous"
 
 
+class KVCacheDType(StrEnum):
+    """Values of --kv-cache-dtype."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class LogLevel(StrEnum):
     """Values of --log-level."""
 
@@ -157,9 +166,24 @@ def serve(
         LoadFormat,
         _option("--load-format", panel=_MODEL, help="Which weights to read. dummy draws random ones."),
     ] = LoadFormat.auto,
+    quantization: Annotated[
+        str,
+        _option(
+            "--quantization",
+            "-q",
+            panel=_MODEL,
+            metavar="SCHEME",
+            help="Bits per weight: int8, int4, int4-g32, fp8, as-stored (a packed file as it is), none. "
+            "auto: on a CPU as-stored for packed files, int8 for others.",
+        ),
+    ] = ENGINE.quantization,
     dtype: Annotated[
         DType,
-        _option("--dtype", panel=_MODEL, help="Type of the weights in memory. auto: float32 on CPU, else the file's."),
+        _option(
+            "--dtype",
+            panel=_MODEL,
+            help="Numbers to compute with, and weights unless quantised. auto: float32 on CPU, else the file's.",
+        ),
     ] = DType.auto,
     device: Annotated[
         Device, _option("--device", panel=_MODEL, help="auto takes a GPU if there is one.")
@@ -263,6 +287,14 @@ def serve(
             help="contiguous reserves a whole context per request: the naive way, to compare with.",
         ),
     ] = KVCachePolicy.paged,
+    kv_cache_dtype: Annotated[
+        KVCacheDType,
+        _option(
+            "--kv-cache-dtype",
+            panel=_MEMORY,
+            help="Numbers in the KV pages. auto: bfloat16 with native kernels, else what the model computes with.",
+        ),
+    ] = KVCacheDType.auto,
     max_num_seqs: Annotated[
         int, _option("--max-num-seqs", panel=_BATCHING, help="Requests that run at once.")
     ] = ENGINE.max_num_seqs,
@@ -294,6 +326,15 @@ def serve(
         int | None,
         _option("--threads", panel=_PROCESS, show_default="one per core", help="CPU threads of the engine."),
     ] = None,
+    cpu_bind: Annotated[
+        str,
+        _option(
+            "--cpu-bind",
+            panel=_PROCESS,
+            metavar="auto|none|LIST",
+            help="Bind the threads to cores: auto fills one NUMA node first, or a list such as 0-3,8.",
+        ),
+    ] = ENGINE.cpu_bind,
     engine_process: Annotated[
         bool,
         _option(
@@ -332,12 +373,15 @@ def serve(
         num_gpu_blocks_override=num_gpu_blocks_override,
         device_memory_utilization=device_memory_utilization,
         kv_cache_policy=kv_cache_policy.value,
+        kv_cache_dtype=kv_cache_dtype.value,
         max_num_queued_reqs=max_num_queued_reqs,
         max_logprobs=max_logprobs,
         served_model_name=tuple(served_model_name or ()),
         generation_config=generation_config,
         chat_template=chat_template,
         threads=threads,
+        cpu_bind=cpu_bind,
+        quantization=quantization,
         tensor_parallel=tensor_parallel_size,
         engine_process=engine_process,
         log_level=log_level.value,

@@ -12,11 +12,14 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
 
 from aios_model.errors import ConfigError
+from aios_model.native.cores import parse_cpu_list
+from aios_quant.schemes.registry import SCHEME_NAMES
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -30,7 +33,8 @@ class EngineConfig:
         revision: Branch, tag or commit on the hub.
         download_dir: Folder for downloads; None uses the hub's cache.
         load_format: Which weights to read; "dummy" draws random ones for a model that has only a config.
-        dtype: Type of weights and activations; "auto" is float32 on the CPU and the checkpoint's own on a GPU.
+        dtype: Type of weights and activations; "auto" is the checkpoint's own on a GPU, and on the CPU what
+            `quantization` makes of it, or float32. On the CPU "bfloat16" keeps weights so and computes in float32.
         device: "auto" takes a GPU if there is one.
         seed: Seeds dummy weights and requests that bring no seed of their own; None draws those from the system.
         max_model_len: Longest prompt plus output, in tokens; None takes what the model and the pool allow.
@@ -51,9 +55,14 @@ class EngineConfig:
         generation_config: "auto" takes sampling defaults from the model, "none" takes none of them (vLLM's word "vllm"
             is accepted), a folder takes its generation_config.json.
         chat_template: Template text, or a file holding it, instead of the model's own.
-        threads: Threads for torch on the CPU; None takes torch's choice within this process's share of the cores.
+        threads: Threads on the CPU; None takes one per core, within this process's share of them.
         tensor_parallel: Devices that share each layer. Only 1 until aios-parallel is there.
-        quantization: Only None ("none") until aios-quant is there.
+        quantization: Scheme of the weights: "int8", "int4", "fp8", "as-stored" and more (`aios_quant.SCHEME_NAMES`),
+            "none" for plain numbers, or "auto": on a CPU the fastest that keeps the quality, see `backend.py`.
+        kv_cache_dtype: Numbers in the pages: "bfloat16" and "int8" need native kernels; "auto" is bfloat16 with them
+            and what the model computes with elsewhere.
+        cpu_bind: Cores that the native kernels' threads are bound to: "none", "auto" (fills one NUMA node before the
+            next), or a list such as "0-3,8".
         engine_process: Run the engine in a process of its own (`AsyncEngine` only).
         heartbeat_timeout: Seconds without a sign of life after which the engine counts as stuck.
         log_level: How much the engine process says.
@@ -84,7 +93,9 @@ class EngineConfig:
     chat_template: str | None = None
     threads: int | None = None
     tensor_parallel: int = 1
-    quantization: str | None = None
+    quantization: str = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
+    cpu_bind: str = "none"
     engine_process: bool = True
     heartbeat_timeout: float = 30.0
     log_level: LogLevel = "info"
@@ -115,8 +126,8 @@ class EngineConfig:
                 self._set(name, os.fspath(value))
         names = self.served_model_name
         self._set("served_model_name", (names,) if isinstance(names, str) else tuple(names or ()))
-        if self.quantization == "none":
-            self._set("quantization", None)
+        if self.quantization is None:
+            self._set("quantization", "none")
         if self.generation_config == "vllm":
             self._set("generation_config", "none")
 
@@ -138,11 +149,16 @@ class EngineConfig:
             ("dtype", DType),
             ("device", Device),
             ("kv_cache_policy", KVCachePolicy),
+            ("kv_cache_dtype", KVCacheDType),
             ("log_level", LogLevel),
         ):
             choices = get_args(kinds)
             if getattr(self, name) not in choices:
                 raise _bad(name, getattr(self, name), f"choose one of {', '.join(choices)}")
+        if self.quantization not in ("auto", *SCHEME_NAMES):
+            raise _bad("quantization", self.quantization, f"choose one of auto, {', '.join(SCHEME_NAMES)}")
+        if self.cpu_bind not in ("auto", "none"):
+            parse_cpu_list(self.cpu_bind)
 
     def _check_ranges(self) -> None:
         for name, low in (
@@ -187,13 +203,6 @@ class EngineConfig:
                 "tensor_parallel",
                 self.tensor_parallel,
                 "splitting a model needs the layer aios-parallel, which is not there yet; leave it at 1",
-            )
-        if self.quantization is not None:
-            raise _bad(
-                "quantization",
-                self.quantization,
-                "quantising needs the layer aios-quant, which is not there yet; leave it out (GGUF files are "
-                "read as they are, and dequantised)",
             )
 
 

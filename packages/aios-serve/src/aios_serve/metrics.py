@@ -190,7 +190,7 @@ class _EngineCollector(Collector):
             "block_size": str(info.block_size),
             "num_gpu_blocks": str(info.num_blocks),
             "enable_prefix_caching": str(info.enable_prefix_caching),
-            "cache_dtype": info.dtype,
+            "cache_dtype": info.kv_dtype,
             "kv_cache_policy": info.kv_cache_policy,
         }
         gauge = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is set up.", labels=tuple(labels))

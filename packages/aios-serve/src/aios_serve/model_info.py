@@ -12,7 +12,10 @@ class EngineInfo:
     Attributes:
         model_name: The name requests use: `served_model_name` if given, else the name of the checkpoint.
         architecture: Family of the model, as "llama".
-        dtype: "float32", "bfloat16", "float16" or "float64".
+        dtype: What the model computes with: "float32", "bfloat16", "float16" or "float64".
+        quantization: Scheme of the weights, "none" for plain numbers.
+        kernels: What computes, and why: "native kernels for avx512", or why torch does.
+        kv_dtype: Numbers in the pages: "bfloat16", "int8", …
         device: "cpu" or "cuda".
         vocab_size: Width of the output layer: every token id of a request must be below it.
         num_weight_bytes: Memory of the weights.
@@ -24,7 +27,7 @@ class EngineInfo:
         max_num_seqs: Requests that can run at once.
         max_num_batched_tokens: Token budget of one step.
         enable_prefix_caching: Whether finished prompts are found again.
-        threads: Threads that torch uses.
+        threads: Threads that compute on the CPU.
         import_seconds: Time taken by `import torch`, 0 if it was imported already.
         load_seconds: Time from then until ready.
     """
@@ -32,6 +35,9 @@ class EngineInfo:
     model_name: str
     architecture: str
     dtype: str
+    quantization: str
+    kernels: str
+    kv_dtype: str
     device: str
     vocab_size: int
     num_weight_bytes: int

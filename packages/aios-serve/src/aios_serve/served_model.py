@@ -50,7 +50,7 @@ class ServedModel:
         return cls(
             names=config.served_model_name or (files.name,),
             files=files,
-            config=read_model_config(files),
+            config=read_model_config(files, allow_quantized=True),
             tokenizer=tokenizer,
             generation_defaults=_generation_defaults(config, files, own_defaults),
             eos_token_ids=tuple(dict.fromkeys((*tokenizer.eos_token_ids, *own_defaults.eos_token_ids))),

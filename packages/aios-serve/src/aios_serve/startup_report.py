@@ -61,9 +61,10 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
     yield f"ready in {info.import_seconds + info.load_seconds:.1f} s, {info.import_seconds:.1f} s of it to import torch"
     yield f"  model     {', '.join(engine.model_names)} ({info.architecture}) from {_source(config)}"
     yield (
-        f"  weights   {_megabytes(info.num_weight_bytes)} as {info.dtype}{auto if config.dtype == 'auto' else ''}"
+        f"  weights   {_megabytes(info.num_weight_bytes)} as {_weights(info, config)}"
         f" on {info.device}{auto if config.device == 'auto' else ''}{_threads(info, config)}"
     )
+    yield f"  kernels   {info.kernels}"
     yield f"  KV cache  {_pool(info, config)}"
     yield (
         f"  limits    {info.max_model_len} tokens of context{auto if config.max_model_len is None else ''}, "
@@ -108,6 +109,13 @@ def _source(config: EngineConfig) -> str:
     return config.model + (f" at {config.revision}" if config.revision else "")
 
 
+def _weights(info: EngineInfo, config: EngineConfig) -> str:
+    """What weights became, and whether that was our choice: auto picks the fastest that keeps the quality."""
+    if info.quantization == "none":
+        return info.dtype + (" (auto)" if config.dtype == "auto" else "")
+    return info.quantization + (" (auto)" if config.quantization == "auto" else "")
+
+
 def _threads(info: EngineInfo, config: EngineConfig) -> str:
     if info.device != "cpu":
         return ""
@@ -117,7 +125,7 @@ def _threads(info: EngineInfo, config: EngineConfig) -> str:
 def _pool(info: EngineInfo, config: EngineConfig) -> str:
     sized_by_us = config.kv_cache_memory_bytes is None and config.num_gpu_blocks_override is None
     parts = [
-        f"{_megabytes(info.num_kv_bytes)}: {info.num_blocks} pages x {info.block_size} tokens = "
+        f"{_megabytes(info.num_kv_bytes)} of {info.kv_dtype}: {info.num_blocks} pages x {info.block_size} tokens = "
         f"{info.num_blocks * info.block_size} tokens{' (auto)' if sized_by_us else ''}"
     ]
     if info.kv_cache_policy != "paged":

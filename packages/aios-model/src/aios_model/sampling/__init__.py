@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aios_model.sampling.bad_words import resolve_bad_words
+    from aios_model.sampling.drawer import Drawer
     from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError, SamplingError
     from aios_model.sampling.logprobs import token_logprobs
     from aios_model.sampling.params import SamplingParams
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from aios_model.sampling.sampler import Sampler
 
 __all__ = [
+    "Drawer",
     "LogitsProcessor",
     "NoTokenLeftError",
     "NonFiniteLogitsError",
@@ -32,6 +34,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Drawer": "drawer",
     "LogitsProcessor": "processors",
     "NoTokenLeftError": "errors",
     "NonFiniteLogitsError": "errors",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ def top_token(x_RV: Tensor) -> tuple[Tensor, Tensor]:
     where torch's takes 2.6 ms.
     """
     if x_RV.device.type == "cpu":
-        token_ids_R = torch.from_numpy(x_RV.detach().numpy().argmax(axis=-1))
-    else:
-        token_ids_R = x_RV.argmax(dim=-1)
+        array_RV = x_RV.detach().numpy()
+        token_ids = array_RV.argmax(axis=-1)
+        return torch.from_numpy(token_ids), torch.from_numpy(array_RV[np.arange(len(token_ids)), token_ids])
+    token_ids_R = x_RV.argmax(dim=-1)
     return token_ids_R, x_RV.gather(1, token_ids_R[:, None])[:, 0]
 
 

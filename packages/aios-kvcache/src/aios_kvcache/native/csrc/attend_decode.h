@@ -1,0 +1,119 @@
+// Decodes: one new token against a long context. Keys and values are read where they lie, once for all the query heads
+// that share them; memory is the limit.
+#pragma once
+
+#include "attention_call.h"
+
+namespace aios {
+
+// Queries are scaled when they are laid out: [G, H].
+inline void scale_queries(const AttentionCall& call, int64_t row, int kv_head, float* out) {
+  const float* q = call.query(row, kv_head * call.group());  // the group's heads are neighbours
+  const int64_t count = static_cast<int64_t>(call.group()) * call.pool.head_dim;
+  const f32x16 scale = splat(call.scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, mul(load(q + i), scale));
+  for (; i < count; ++i) out[i] = q[i] * call.scale;
+}
+
+// scores [rows, kSegment] of the sixteens in `pages`.
+template <KvType type, int rows>
+inline void score_pages(const SegmentPages<type>& pages, const float* queries, int head_dim, float* scores) {
+  constexpr int vectors = key_vectors(rows);
+  for (int i = pages.first / vectors * vectors; i < pages.end; i += vectors) {
+    const typename Storage<type>::Number* keys[vectors];
+    const void* next[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      const int sixteen = i + v, ahead = sixteen + vectors;
+      keys[v] = pages.keys[pages.nearest(sixteen)];  // a neighbour's scores, computed once more, are ignored
+      next[v] = ahead < pages.end ? pages.keys[pages.nearest(ahead)] : pages.runs[v % pages.num_runs()].values;
+    }
+    multiply_keys<type, rows, vectors>(keys, next, QueryRows{queries, head_dim}, head_dim, scores + i * kLanes);
+  }
+}
+
+template <KvType type>
+inline void score_pages(int rows, const SegmentPages<type>& pages, const float* queries, int head_dim, float* scores) {
+  static_assert(kMaxRows == 4);
+  switch (rows) {
+    case 1: return score_pages<type, 1>(pages, queries, head_dim, scores);
+    case 2: return score_pages<type, 2>(pages, queries, head_dim, scores);
+    case 3: return score_pages<type, 3>(pages, queries, head_dim, scores);
+    case 4: return score_pages<type, 4>(pages, queries, head_dim, scores);
+  }
+}
+
+// All query heads of the group over one segment: their partial results, `call.partial()` numbers apart. A group of more
+// than kMaxRows heads is taken in equal parts, which find the pages in the cache.
+template <KvType type>
+inline void decode_segment(const AttentionCall& call, const Segment& segment, const float* queries, float* scores,
+                           float* partials) {
+  const int head_dim = call.pool.head_dim, width = value_width(call.pool);
+  const Range visible = call.visible(segment.sequence.start, segment.index);
+  const SegmentPages<type> pages(call.pool, segment, visible);
+  for (int done = 0; done < call.group();) {
+    const int left = call.group() - done, parts = (left + kMaxRows - 1) / kMaxRows, rows = (left + parts - 1) / parts;
+    float* first = partials + done * call.partial();
+    float largest[kMaxRows];
+    score_pages<type>(rows, pages, queries + static_cast<int64_t>(done) * head_dim, head_dim, scores);
+    for (int r = 0; r < rows; ++r) largest[r] = mask_scores(scores + r * kSegment, visible, pages.scales_of_keys());
+    for (int r = 0; r < rows; ++r) {
+      const Partial partial{first + r * call.partial()};
+      weigh_scores(scores + r * kSegment, visible, visible, pages.scales_of_values(), largest[r], partial);
+      clear_values(partial, width);
+    }
+    multiply_all_values<type, true>(rows, pages.runs, pages.num_runs(), width, scores, first + kLanes, call.partial());
+    done += rows;
+  }
+}
+
+inline void decode_segment(const AttentionCall& call, const Segment& segment, const float* queries, float* scores,
+                           float* partials) {
+  switch (static_cast<KvType>(call.pool.type)) {
+    case KvType::kBFloat16: return decode_segment<KvType::kBFloat16>(call, segment, queries, scores, partials);
+    case KvType::kInt8: return decode_segment<KvType::kInt8>(call, segment, queries, scores, partials);
+    default: return decode_segment<KvType::kFloat32>(call, segment, queries, scores, partials);
+  }
+}
+
+// One thread's scratch.
+struct DecodeScratch {
+  float *queries, *scores, *fresh, *merged;
+
+  DecodeScratch(const AttentionCall& call, float* memory) : queries(memory) {
+    scores = queries + round_up(static_cast<int64_t>(call.group()) * call.pool.head_dim, kLanes);
+    fresh = scores + kMaxRows * kSegment;
+    merged = fresh + call.group() * call.partial();
+  }
+
+  // Numbers that it takes.
+  static int64_t size(const AttentionCall& call) {
+    const int64_t queries = round_up(static_cast<int64_t>(call.group()) * call.pool.head_dim, kLanes);
+    return queries + kMaxRows * kSegment + 2 * call.group() * call.partial();
+  }
+};
+
+// One new token and one kv head over one segment; somebody will merge the partial results.
+inline void decode_one_segment(const AttentionCall& call, const Segment& segment, float* memory, float* partials) {
+  const DecodeScratch scratch(call, memory);
+  scale_queries(call, segment.sequence.first_row, segment.kv_head, scratch.queries);
+  decode_segment(call, segment, scratch.queries, scratch.scores, partials);
+}
+
+// One new token and one kv head over the whole context.
+inline void decode(const AttentionCall& call, const Sequence& sequence, int kv_head, float* memory) {
+  const DecodeScratch scratch(call, memory);
+  const int width = value_width(call.pool), group = call.group();
+  const auto fresh = [&](int g) { return Partial{scratch.fresh + g * call.partial()}; };
+  const auto merged = [&](int g) { return Partial{scratch.merged + g * call.partial()}; };
+  scale_queries(call, sequence.first_row, kv_head, scratch.queries);
+  for (int g = 0; g < group; ++g) clear(merged(g), width);
+  for (int s = call.first_visible(sequence.start) / kSegment; s <= sequence.start / kSegment; ++s) {
+    decode_segment(call, Segment{sequence, kv_head, s, s + 1}, scratch.queries, scratch.scores, scratch.fresh);
+    for (int g = 0; g < group; ++g) merge(merged(g), fresh(g), width);
+  }
+  for (int g = 0; g < group; ++g)
+    finish(merged(g), call.pool.head_dim, call.output(sequence.first_row, kv_head * group + g));
+}
+
+}  // namespace aios

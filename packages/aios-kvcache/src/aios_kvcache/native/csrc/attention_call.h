@@ -1,0 +1,87 @@
+// What decodes and chunks of prompts have in common: the call, the segments of the context, and where their pages lie.
+#pragma once
+
+#include "softmax.h"
+
+namespace aios {
+
+// One call of attention, over one layer's pool.
+struct AttentionCall {
+  KvPool pool;
+  const float* q;  // [T, N * H]
+  int64_t q_stride;
+  int num_heads;
+  float scale;
+  int window;  // 0: none
+  float* out;  // [T, N * H]
+  int64_t out_stride;
+
+  int group() const { return num_heads / pool.num_kv_heads; }
+  int64_t partial() const { return partial_size(value_width(pool)); }
+  const float* query(int64_t row, int head) const {
+    return q + row * q_stride + static_cast<int64_t>(head) * pool.head_dim;
+  }
+  float* output(int64_t row, int head) const {
+    return out + row * out_stride + static_cast<int64_t>(head) * pool.head_dim;
+  }
+
+  // The first position that the token at `position` sees.
+  int first_visible(int position) const { return window > 0 && position >= window ? position - window + 1 : 0; }
+
+  // What the token at `position` sees of a segment, counted from the segment's first token.
+  Range visible(int position, int segment) const {
+    const int base = segment * kSegment, begin = first_visible(position) - base, end = position + 1 - base;
+    return {begin > 0 ? begin : 0, end < kSegment ? end : kSegment};
+  }
+};
+
+// The part of a sequence's context that is computed in one go, for one kv head. `upcoming` is the segment that the
+// thread will probably read when it is done with this one; any value will do, since it is only a hint.
+struct Segment {
+  const Sequence& sequence;
+  int kv_head, index, upcoming;
+};
+
+constexpr int kRunsAhead = 4;  // sixteens of values that are asked for before they are read
+
+// Where the sixteens of `tokens` in a segment lie.
+template <KvType type>
+struct SegmentPages {
+  using Number = typename Storage<type>::Number;
+  const Number* keys[kSixteens];
+  ValueRun<Number> runs[kSixteens];  // the values of sixteen i are runs[i - first]
+  float key_scales[kSegment], value_scales[kSegment];
+  int first, end;  // sixteens of the segment
+
+  SegmentPages(const KvPool& pool, const Segment& segment, Range tokens)
+      : first(tokens.first_sixteen()), end(tokens.end_sixteen()) {
+    for (int i = first; i < end; ++i) {
+      const int64_t at = sixteen_at(pool, segment.sequence, segment.kv_head, segment.index * kSixteens + i);
+      const int left = tokens.end - i * kLanes;
+      keys[i] = keys_at<Number>(pool, at);
+      runs[i - first] = {values_at<Number>(pool, at), i * kLanes, left < kLanes ? left : kLanes, nullptr};
+      if constexpr (type == KvType::kInt8) {
+        store(key_scales + i * kLanes, load(pool.key_scales + at * kLanes));
+        store(value_scales + i * kLanes, load(pool.value_scales + at * kLanes));
+      }
+    }
+    for (int i = 0; i < num_runs(); ++i) {
+      const int ahead = i + kRunsAhead;
+      runs[i].next = ahead < num_runs() ? runs[ahead].values : upcoming_keys(pool, segment, ahead - num_runs());
+    }
+  }
+
+  int num_runs() const { return end - first; }
+  int nearest(int sixteen) const { return sixteen < first ? first : sixteen < end ? sixteen : end - 1; }
+  const float* scales_of_keys() const { return type == KvType::kInt8 ? key_scales : nullptr; }
+  const float* scales_of_values() const { return type == KvType::kInt8 ? value_scales : nullptr; }
+
+ private:
+  static const Number* upcoming_keys(const KvPool& pool, const Segment& segment, int sixteen) {
+    const int last = (segment.sequence.start + segment.sequence.length - 1) / kLanes;
+    const int wanted = (segment.upcoming < 0 ? 0 : segment.upcoming) * kSixteens + sixteen;
+    return keys_at<Number>(pool, sixteen_at(pool, segment.sequence, segment.kv_head, wanted < last ? wanted : last));
+  }
+};
+
+}  // namespace aios

@@ -1,0 +1,1 @@
+"""Published quantised checkpoints: GPTQ, AWQ and compressed-tensors. `source` opens them; one file per format."""
