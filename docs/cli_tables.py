@@ -85,6 +85,8 @@ def _values(kind: Any, option: OptionInfo) -> list[str]:
 def _default(kind: Any, option: OptionInfo, default: object) -> str:
     if isinstance(option.show_default, str):
         return option.show_default
+    if default is inspect.Parameter.empty:
+        return "required"
     if kind is bool:
         has_opposite = any("/" in declared for declared in _names("", kind, option))
         return ("on" if default else "off") if has_opposite else ""

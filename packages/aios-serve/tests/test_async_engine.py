@@ -462,7 +462,7 @@ def test_the_module_leaves_torch_alone():
 
 @pytest.fixture(scope="module")
 def config():
-    return EngineConfig(max_num_seqs=4, max_model_len=512, max_num_batched_tokens=64, threads=1)
+    return EngineConfig(max_num_seqs=4, max_model_len=512, max_num_batched_tokens=64, threads=1, dtype="float32")
 
 
 @pytest.mark.slow

@@ -102,8 +102,8 @@ def chat(client, **options):
 def test_start_report_names_model_memory_and_endpoint(server):
     said = "".join(server.lines)
     assert re.search(rf"model +{MODEL} \(llama\) from the bundled file", said)
-    assert re.search(r"weights +\d+ MB as float32", said)
-    assert re.search(r"KV cache +\d+ MB: \d+ pages x 16 tokens", said)
+    assert re.search(r"weights +\d+ MB as (stored|float32) \(auto\)", said)
+    assert re.search(r"KV cache +\d+ MB of \w+: \d+ pages x 16 tokens", said)
     assert f"endpoint  {server.url}/v1 (needs an API key)" in said
 
 

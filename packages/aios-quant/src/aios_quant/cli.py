@@ -60,6 +60,7 @@ class Method(StrEnum):
     rtn = "rtn"
     awq = "awq"
     gptq = "gptq"
+    awq_gptq = "awq-gptq"
 
 
 class HeadScheme(StrEnum):
@@ -140,14 +141,14 @@ def quantize(
         Method,
         typer.Option(
             help="rtn rounds to nearest: fast, and good enough for 8 bits. awq scales up what matters before rounding, "
-            "gptq lets each column make up for those before it: much better at 4 bits."
+            "gptq lets each column make up for those before it: much better at 4 bits. awq-gptq does both."
         ),
     ] = Method.rtn,
     calibration: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Text that awq and gptq look at: plain, or .jsonl with text or messages per line.",
+            help="Text that all methods but rtn look at: plain, or .jsonl with text or messages per line.",
             show_default="a small text of our own",
         ),
     ] = None,

@@ -101,7 +101,7 @@ def quantize_checkpoint(
         model: As for `load_model`: folder, GGUF file, hub id, or None for the bundled one.
         output: Folder to write; new, or begun with the same model and settings.
         settings: What is to be done.
-        calibration: Text for `awq` and `gptq`, see `calibrate.data`; None for the bundled one.
+        calibration: Text for all methods but `rtn`, see `calibrate.data`; None for the bundled one.
         revision: As for `load_model`.
         download_dir: As for `load_model`.
         device: Where layers are computed: `cpu`, `cuda`, or `auto`.
@@ -226,8 +226,8 @@ def _calibrator(settings: QuantizeSettings, group_size: int | None, dtype: torch
     if settings.scheme == "fp8":
         return RoundToNearest(spec=None, scale_dtype=dtype)
     spec = GridSpec(bits=settings.bits, group_size=group_size, symmetric=settings.symmetric, scale_dtype=dtype)
-    if settings.method == "awq":
-        return Awq(spec=spec, stored_dtype=dtype)
+    if settings.method in ("awq", "awq-gptq"):
+        return Awq(spec=spec, stored_dtype=dtype, compensate=settings.method == "awq-gptq")
     if settings.method == "gptq":
         return Gptq(spec=spec)
     return RoundToNearest(spec=spec, scale_dtype=dtype)

@@ -61,7 +61,7 @@ def kernel_factory(kernels: str, threads: int | None) -> Kernels:
         raise ConfigError(f"kernels {kernels!r} are unknown; choose auto, native or torch")
     status = native_status(quant_library) if kernels != "torch" else None
     if status is not None and status.available:
-        pool = get_pool(threads)
+        pool = get_pool(threads, own_torch_threads=True)
         count = "1 thread" if pool.num_threads == 1 else f"{pool.num_threads} threads"
         return Kernels(pack=_NativeFactory(pool), pool=pool, description=f"{status.reason}, {count}")
     if kernels == "native" and status is not None:

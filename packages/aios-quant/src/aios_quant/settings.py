@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aios_model.errors import ConfigError
 
 SCHEMES = ("int4", "int8", "int8-a16", "fp8")
-METHODS = ("rtn", "awq", "gptq")
+METHODS = ("rtn", "awq", "gptq", "awq-gptq")
 HEAD_SCHEMES = ("none", "int8")
 GROUP_SIZES = (32, 64, 128)
 DTYPES = ("auto", "bfloat16", "float16")
@@ -20,7 +20,7 @@ class QuantizeSettings:
     Attributes:
         scheme: `int4` in groups of columns; `int8` per row, whose inputs become INT8 too while the model runs;
             `int8-a16`, whose inputs stay floats; `fp8` (E4M3) per row.
-        method: `rtn`, `awq` or `gptq`.
+        method: `rtn`, `awq`, `gptq`, or `awq-gptq`: scaled as by AWQ, then rounded as by GPTQ.
         group_size: Columns per scale of INT4; None for 64 where every layer allows it, else 32.
         symmetric: Whether INT4 has no zero points.
         head_scheme: Of the output head: `none` leaves it as it is, `int8` rounds it per row.

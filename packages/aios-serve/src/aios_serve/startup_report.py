@@ -61,7 +61,7 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
     yield f"ready in {info.import_seconds + info.load_seconds:.1f} s, {info.import_seconds:.1f} s of it to import torch"
     yield f"  model     {', '.join(engine.model_names)} ({info.architecture}) from {_source(config)}"
     yield (
-        f"  weights   {_megabytes(info.num_weight_bytes)} as {_weights(info, config)}"
+        f"  weights   {_megabytes(info.num_weight_bytes)} {_weights(info, config)}"
         f" on {info.device}{auto if config.device == 'auto' else ''}{_threads(info, config)}"
     )
     yield f"  kernels   {info.kernels}"
@@ -112,8 +112,9 @@ def _source(config: EngineConfig) -> str:
 def _weights(info: EngineInfo, config: EngineConfig) -> str:
     """What weights became, and whether that was our choice: auto picks the fastest that keeps the quality."""
     if info.quantization == "none":
-        return info.dtype + (" (auto)" if config.dtype == "auto" else "")
-    return info.quantization + (" (auto)" if config.quantization == "auto" else "")
+        return f"as {info.dtype}" + (" (auto)" if config.dtype == "auto" else "")
+    words = "as stored" if info.quantization == "as-stored" else f"as {info.quantization}"
+    return words + (" (auto)" if config.quantization == "auto" else "")
 
 
 def _threads(info: EngineInfo, config: EngineConfig) -> str:

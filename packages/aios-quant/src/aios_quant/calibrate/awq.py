@@ -11,7 +11,8 @@ The inputs need no division while the model runs: it is folded into what makes t
     gate_up   ← the norm in front of the MLP (a mixture's router, which also reads it, is multiplied and not rounded)
     down      ← the rows of up: silu(gate) * up is linear in up
 
-So the result is a plain checkpoint. Finally each group's grid may be narrowed (the authors' code calls it clipping).
+So the result is a plain checkpoint. Finally each group's grid may be narrowed (the authors' code calls it clipping), or
+GPTQ chooses the codes of the scaled weights: the two see different errors, and together they leave less than either.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from aios_model.layers.linear import Linear
 from aios_model.layers.mlp import MLP
 from aios_model.layers.moe import MixtureOfExperts
 from aios_model.layers.norm import RMSNorm
+from aios_quant.calibrate.gptq import gptq
 from aios_quant.calibrate.grid import GridSpec, find_grid
 from aios_quant.calibrate.hooks import CalibrationRun, InputStatistics, quantizable_linears
 from aios_quant.quantized_tensor import PackedWeight
@@ -45,10 +47,12 @@ class Awq:
     Attributes:
         spec: The grids.
         stored_dtype: What norms are stored in; scales make up for its rounding.
+        compensate: Whether GPTQ chooses the codes, instead of rounding to nearest.
     """
 
     spec: GridSpec
     stored_dtype: torch.dtype
+    compensate: bool = False
     needs_inputs: bool = True
 
     def quantize_layer(
@@ -69,6 +73,8 @@ class Awq:
 
     def _round(self, linear: Linear, statistics: InputStatistics | None) -> PackedWeight:
         weight = linear.dense_weight()
+        if self.compensate:
+            return gptq(weight, statistics, self.spec)
         gram_KK = None if statistics is None else statistics.gram_KK / max(1, statistics.num_tokens)
         grid = find_grid(weight, self.spec, search=self.spec.bits < 8, gram_KK=gram_KK)
         return grid.with_codes(grid.encode(weight))

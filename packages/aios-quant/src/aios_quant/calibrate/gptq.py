@@ -27,7 +27,12 @@ from aios_quant.calibrate.hooks import CalibrationRun, InputStatistics, quantiza
 from aios_quant.quantized_tensor import PackedWeight, QuantizedTensor
 
 BLOCK = 128
-DAMPING = 0.01
+# The paper takes 0.01, with 262,144 tokens. With the 5,632 of our own text, 0.05 left less divergence (0.172 instead of
+# 0.182 nats, bundled model, groups of 64).
+DAMPING = 0.05
+
+# Wider Hessians are factorised in float32: four of them at once, as float64, would outweigh the layer.
+_EXACT_COLUMNS = 4096
 
 # Linears in the order in which a layer uses them: each is fed by those before it, already rounded.
 _STAGES = ("qkv", "output", "gate_up", "down")
@@ -93,9 +98,10 @@ def inverse_factor(gram_KK: Tensor, *, damping: float) -> Tensor:
     damped ten times as much, as often as needed. A diagonal alone always works.
     """
     mean = float(gram_KK.diagonal().mean()) or 1.0
-    identity = torch.eye(len(gram_KK), dtype=torch.float64, device=gram_KK.device)
+    exact = torch.float64 if len(gram_KK) <= _EXACT_COLUMNS else torch.float32
+    identity = torch.eye(len(gram_KK), dtype=exact, device=gram_KK.device)
     for _ in range(8):
-        factor, failed = torch.linalg.cholesky_ex(gram_KK.double() + damping * mean * identity)
+        factor, failed = torch.linalg.cholesky_ex(gram_KK.to(exact) + damping * mean * identity)
         if not failed:
             inverse = torch.cholesky_inverse(factor)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)

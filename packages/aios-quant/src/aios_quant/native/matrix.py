@@ -7,10 +7,11 @@ import ctypes
 import torch
 from torch import Tensor
 
+from aios_model.native.kernels import MatrixStruct, WeightType
 from aios_model.native.library import pointer
 from aios_model.native.threads import ThreadPool
 from aios_quant.kernel import Activation, Weight
-from aios_quant.native.structures import LinearStruct, MatrixStruct, WeightType, quant_function
+from aios_quant.native.structures import LinearStruct, quant_function
 from aios_quant.quantized_tensor import Fp8Tensor, QuantizedTensor
 
 LANES = 16

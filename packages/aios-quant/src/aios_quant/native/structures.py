@@ -6,42 +6,10 @@ import ctypes
 import functools
 from collections.abc import Callable
 from ctypes import POINTER, c_int32, c_int64, c_void_p
-from enum import IntEnum
 from typing import Any
 
+from aios_model.native.kernels import MatrixStruct
 from aios_model.native.library import NativeLibrary, load_library
-
-
-class WeightType(IntEnum):
-    """How numbers of a matrix are stored; integer formats are their number of bits."""
-
-    FLOAT32 = 0
-    BFLOAT16 = 1
-    FLOAT16 = 2
-    FP8 = 3
-    INT4 = 4
-    INT5 = 5
-    INT6 = 6
-    INT8 = 8
-
-
-class MatrixStruct(ctypes.Structure):
-    """`aios::Matrix`."""
-
-    _fields_ = (
-        ("type", c_int32),
-        ("rows", c_int32),
-        ("columns", c_int32),
-        ("group", c_int32),
-        ("zero", c_int32),
-        ("has_mins", c_int32),
-        ("wide_scales", c_int32),
-        ("quantize_inputs", c_int32),
-        ("strips", c_void_p),
-        ("strip_bytes", c_int64),
-        ("row_scales", c_void_p),
-        ("bias", c_void_p),
-    )
 
 
 class LinearStruct(ctypes.Structure):
