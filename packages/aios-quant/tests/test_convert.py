@@ -16,13 +16,14 @@ import torch
 
 from aios_model.cache import ContiguousCache
 from aios_model.config_file import read_model_config
-from aios_model.errors import CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
+from aios_model.errors import AiosError, CheckpointError, ConfigError, ModelNotFoundError, UnsupportedModelError
 from aios_model.model import load_decoder
 from aios_model.weights.hub import resolve_model
 from aios_quant.checkpoints.source import quantized_checkpoint
 from aios_quant.convert import quantize_checkpoint
 from aios_quant.layerwise import LayerwiseCheckpoint
 from aios_quant.settings import QuantizeSettings
+from aios_quant.writing import output_folder
 from aios_quant.writing.compressed_tensors import pack_words
 
 SMALL = {"window": 32, "num_windows": 3}
@@ -50,22 +51,26 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
+# The experts of qwen3-moe are 40 wide, which has no groups.
 @pytest.mark.parametrize(
-    ("fields", "bound"),
+    ("case", "fields", "bound"),
     [
-        ({"scheme": "int8"}, 0.06),
-        ({"scheme": "int8-a16", "method": "gptq"}, 0.06),
-        ({"scheme": "int8-a16", "method": "awq", "head_scheme": "int8"}, 0.06),
-        ({"scheme": "fp8"}, 0.2),
-        ({"scheme": "int4"}, 0.6),
-        ({"scheme": "int4", "symmetric": False, "group_size": 32, "head_scheme": "int8"}, 0.6),
+        (case, fields, bound)
+        for fields, bound in (
+            ({"scheme": "int8"}, 0.06),
+            ({"scheme": "int8-a16", "method": "gptq"}, 0.06),
+            ({"scheme": "int8-a16", "method": "awq", "head_scheme": "int8"}, 0.06),
+            ({"scheme": "fp8"}, 0.2),
+            ({"scheme": "int4"}, 0.6),
+            ({"scheme": "int4", "symmetric": False, "group_size": 32, "head_scheme": "int8"}, 0.6),
+            ({"scheme": "int4", "method": "awq-gptq"}, 0.6),
+        )
+        for case in ("llama3.2-tied", "qwen2", "qwen3-moe")
+        if case != "qwen3-moe" or fields["scheme"] != "int4"
     ],
     ids=str,
 )
-@pytest.mark.parametrize("case", ["llama3.2-tied", "qwen2", "qwen3-moe"])
 def test_what_was_written_is_near_the_original(case, fields, bound, tiny_checkpoint, tmp_path):
-    if case == "qwen3-moe" and fields["scheme"] == "int4":
-        pytest.skip("its experts are 40 wide, which has no groups")
     report = quantize_checkpoint(str(tiny_checkpoint(case)), tmp_path / "out", settings(**fields))
     tokens = torch.randint(0, 95, (24,))
     assert relative_error(logits(tmp_path / "out", tokens), logits(tiny_checkpoint(case), tokens)) < bound
@@ -176,6 +181,40 @@ def test_a_folder_with_something_else_in_it_is_not_touched(tiny_checkpoint, tmp_
     with pytest.raises(ConfigError, match="not empty"):
         quantize_checkpoint(str(tiny_checkpoint("llama3")), tmp_path, settings())
     assert contents(tmp_path) == {"diary.txt": b"private"}
+
+
+def test_an_output_that_is_a_file_is_refused(tiny_checkpoint, tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ConfigError, match="out cannot be made a folder"):
+        quantize_checkpoint(str(tiny_checkpoint("llama3")), tmp_path / "out", settings())
+
+
+def test_a_full_disk_is_said_so_and_can_be_gone_on_from(tiny_checkpoint, tmp_path, monkeypatch):
+    model, chosen = str(tiny_checkpoint("llama3")), settings(scheme="int8")
+    save = output_folder.save_file
+
+    def full(tensors, path, metadata):
+        if "00003" in path.name:
+            raise OSError(28, "No space left on device")
+        save(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(output_folder, "save_file", full)
+    with pytest.raises(AiosError, match=r"model-00003-of-00005.*No space left.*the same command goes on"):
+        quantize_checkpoint(model, tmp_path / "out", chosen)
+    monkeypatch.undo()
+    assert quantize_checkpoint(model, tmp_path / "out", chosen).num_resumed == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["rtn", "awq", "gptq", "awq-gptq"])
+def test_a_gpu_makes_the_same_checkpoint_but_for_rounding(method, tiny_checkpoint, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    model, chosen = str(tiny_checkpoint("mixtral")), settings(method=method)
+    for device in ("cpu", "cuda"):
+        quantize_checkpoint(model, tmp_path / device, chosen, device=device)
+    tokens = torch.randint(0, 95, (24,))
+    assert relative_error(logits(tmp_path / "cuda", tokens), logits(tmp_path / "cpu", tokens)) < 0.1
 
 
 @pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"recipe": 1, "finished_layers": "x", "complete": 0}'])
@@ -315,6 +354,7 @@ import os, signal
 from pathlib import Path
 from aios_quant.convert import quantize_checkpoint
 from aios_quant.settings import QuantizeSettings
+from aios_quant.writing import output_folder
 
 def progress(stage, share):
     if stage.startswith("layer 3"):

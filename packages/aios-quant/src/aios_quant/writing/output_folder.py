@@ -16,10 +16,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aios_model.errors import ConfigError
+from aios_model.errors import AiosError, ConfigError
 from aios_quant.writing.tokenizer_files import write_json
 
 RECIPE = "quantization.json"
@@ -48,7 +49,10 @@ class OutputFolder:
         self.path = path
         self._recipe = json.loads(json.dumps(recipe))
         self._num_shards = num_layers + 2
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be made a folder: {error.strerror or error}") from error
         state = self._read_state()
         self.num_finished: int = state["finished_layers"]
         self.is_complete: bool = state["complete"]
@@ -114,14 +118,15 @@ class OutputFolder:
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:
     partial = path.with_name(path.name + _PARTIAL)
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.chmod((path.parent / RECIPE).stat().st_mode)  # safetensors leaves it readable for its owner only
-    partial.replace(path)
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.chmod((path.parent / RECIPE).stat().st_mode)  # safetensors leaves it readable for its owner only
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise AiosError(f"{path} cannot be written ({error}); mend that, and the same command goes on") from error
 
 
 def _tensor_names(shard: Path) -> list[str]:
-    from safetensors import safe_open
-
     with safe_open(shard, framework="pt") as file:
         return sorted(file.keys())
 

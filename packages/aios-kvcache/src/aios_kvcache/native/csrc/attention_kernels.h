@@ -42,12 +42,19 @@ struct QueryColumns {
   float at(int r, int h) const { return numbers[h * rows + r]; }
 };
 
+// Asks for the cache lines that begin within keys h and h + 1 of a sixteen.
+template <int bytes>
+inline void prefetch_pair(const void* sixteen, int h) {
+  const char* p = static_cast<const char*>(sixteen) + h * kLanes * bytes;
+  if (bytes > 1 || h % 4 == 0) prefetch(p);
+  if constexpr (bytes > 2) prefetch(p + 64);
+}
+
 // scores[r * kSegment + 16 * v + lane] = query r times key `lane` of sixteen v. While keys are read, as many bytes at
 // `next` are asked for.
 template <KvType type, int rows, int vectors, class Queries>
 inline void multiply_keys(const typename Storage<type>::Number* const* keys, const void* const* next, Queries queries,
                           int head_dim, float* scores) {
-  using Number = typename Storage<type>::Number;
   f32x16 sums[rows][vectors];
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
@@ -58,7 +65,7 @@ inline void multiply_keys(const typename Storage<type>::Number* const* keys, con
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       Storage<type>::key_pair(keys[v], h, even[v], odd[v]);
-      if (next) prefetch(static_cast<const char*>(next[v]) + h * kLanes * sizeof(Number));
+      if (next) prefetch_pair<sizeof(typename Storage<type>::Number)>(next[v], h);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
