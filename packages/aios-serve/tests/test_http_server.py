@@ -107,7 +107,7 @@ def test_start_report_says_what_was_loaded_and_how_to_ask(start):
     server.wait_for("curl")
     assert "org/tiny, tiny (llama) from the bundled file" in server.said
     assert "538 MB as float32 (auto) on cpu (auto), 2 threads (auto)" in server.said
-    assert "7 MB: 100 pages x 16 tokens = 1600 tokens (auto)" in server.said
+    assert "7 MB of float32: 100 pages x 16 tokens = 1600 tokens (auto)" in server.said
     assert "256 tokens of context (auto), 64 requests at once" in server.said
     command = next(line for line in server.lines if "curl " in line).strip()
     answer = subprocess.run(["bash", "-c", command + " -s"], capture_output=True, text=True, check=True)

@@ -85,10 +85,10 @@ def gptq(
         return grid.with_codes(grid.encode(weight_NK))
     order_K = gram_KK.diagonal().argsort(descending=True, stable=True)
     factor_KK = inverse_factor(gram_KK[order_K][:, order_K], damping=damping)
-    codes = _round_columns(weight_NK[:, order_K].contiguous(), factor_KK, grid, order_K)
-    in_place = torch.empty_like(codes)
-    in_place[:, order_K] = codes
-    return grid.with_codes(in_place)
+    codes_KN = _round_columns(weight_NK.T[order_K], factor_KK, grid, order_K)
+    in_place = torch.empty_like(codes_KN)
+    in_place[order_K] = codes_KN
+    return grid.with_codes(in_place.T.contiguous())
 
 
 def inverse_factor(gram_KK: Tensor, *, damping: float) -> Tensor:
@@ -111,22 +111,25 @@ def inverse_factor(gram_KK: Tensor, *, damping: float) -> Tensor:
     return identity.float()
 
 
-def _round_columns(weight_NK: Tensor, factor_KK: Tensor, grid: Grid, order_K: Tensor) -> Tensor:
-    """The codes of `weight`, whose columns already are in the order in which they are rounded; it is used up."""
-    codes = torch.empty(weight_NK.shape, dtype=torch.uint8, device=weight_NK.device)
-    size = weight_NK.shape[1] // grid.scales_NG.shape[1]
-    groups_K = order_K // size
-    for start in range(0, weight_NK.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight_NK.shape[1])
-        block_NB, factor_BB = weight_NK[:, start:stop], factor_KK[start:stop, start:stop]
-        scales_NB = grid.scales_NG[:, groups_K[start:stop]]
-        points_NB = grid.zero_points_NG[:, groups_K[start:stop]]
-        errors_NB = torch.empty_like(block_NB)
-        for j in range(stop - start):
-            code = (block_NB[:, j] / scales_NB[:, j]).round_().add_(points_NB[:, j]).clamp_(0, grid.spec.num_codes - 1)
-            codes[:, start + j] = code.to(torch.uint8)
-            rounded = (code - points_NB[:, j]).mul_(scales_NB[:, j])
-            errors_NB[:, j] = (block_NB[:, j] - rounded).div_(factor_BB[j, j])
-            block_NB[:, j:].addr_(errors_NB[:, j], factor_BB[j, j:], alpha=-1)
-        weight_NK[:, stop:].addmm_(errors_NB, factor_KK[start:stop, stop:], alpha=-1)
-    return codes
+def _round_columns(weight_KN: Tensor, factor_KK: Tensor, grid: Grid, order_K: Tensor) -> Tensor:
+    """The codes, uint8 [K, N], of a weight whose columns lie in the order in which they are rounded; it is used up.
+
+    Columns are rows here: what is read and written at each step then lies together.
+    """
+    num_columns = len(weight_KN)
+    groups_K = order_K // (num_columns // grid.scales_NG.shape[1])
+    codes_KN = torch.empty(weight_KN.shape, dtype=torch.uint8, device=weight_KN.device)
+    for start in range(0, num_columns, BLOCK):
+        block = slice(start, min(start + BLOCK, num_columns))
+        weight_BN, factor_BB = weight_KN[block], factor_KK[block, block]
+        scales_BN = grid.scales_NG.T[groups_K[block]]
+        points_BN = grid.zero_points_NG.T[groups_K[block]]
+        errors_BN = torch.empty_like(weight_BN)
+        for j, divisor in enumerate(factor_BB.diagonal().tolist()):
+            code = (weight_BN[j] / scales_BN[j]).round_().add_(points_BN[j]).clamp_(0, grid.spec.num_codes - 1)
+            codes_KN[start + j] = code
+            rounded = code.sub_(points_BN[j]).mul_(scales_BN[j])
+            torch.sub(weight_BN[j], rounded, out=errors_BN[j]).div_(divisor)
+            weight_BN[j + 1 :].addr_(factor_BB[j, j + 1 :], errors_BN[j], alpha=-1)
+        weight_KN[block.stop :].addmm_(factor_KK[block, block.stop :].T, errors_BN, alpha=-1)
+    return codes_KN
