@@ -17,12 +17,14 @@ def test_a_name_says_how_many_sequences_and_how_long_a_prompt():
 
 
 def test_memory_is_measured_with_one_and_with_thirty_two_sequences():
-    assert [work.name for work in parse_works("memory")] == ["memory-1", "memory-32"]
-    assert [work.name for work in parse_works("memory,memory-1")] == ["memory-1", "memory-32"]
+    names = ["memory-1", "own-memory-1", "memory-32", "own-memory-32"]
+    assert [work.name for work in parse_works("memory")] == names
+    assert [work.name for work in parse_works("memory,memory-1")] == names
+    assert {work.prompt_tokens for work in parse_works("memory")} == {128}
 
 
 def test_the_default_can_be_read():
-    assert len(parse_works(DEFAULT_WORK)) == 8
+    assert len(parse_works(DEFAULT_WORK)) == 10
 
 
 @pytest.mark.parametrize("name", ["", ",", "decode", "decode-0", "prefill-0", "decode-1@0", "train-1", "prefill-512@3"])
@@ -42,11 +44,18 @@ def test_prompts_are_the_same_every_time_and_other_ones_with_another_seed():
 
 
 def test_figures_are_tokens_per_second_of_the_part_in_question():
-    result = {"prefill_seconds": 2.0, "decode_seconds": 4.0, "decode_tokens": 100, "peak_rss": 300_000_000}
-    decode, prefill, memory = parse_works("decode-4,prefill-512,memory-1")
+    result = {
+        "prefill_seconds": 2.0,
+        "decode_seconds": 4.0,
+        "decode_tokens": 100,
+        "peak_rss": 300_000_000,
+        "rss_after_imports": 2e8,
+    }
+    decode, prefill, memory, own = parse_works("decode-4,prefill-512,memory-1,own-memory-1")
     assert decode.figure(result) == 25.0
     assert prefill.figure(result) == 256.0
     assert memory.figure(result) == 300.0
+    assert own.figure(result) == 100.0
 
 
 def test_engines_and_precisions_are_chosen_by_name():

@@ -54,7 +54,7 @@ def peers(
         str, typer.Option(help="Who takes part: aios, llama.cpp, openvino, transformers, vllm.")
     ] = "aios,llama.cpp,openvino,transformers",
     work: Annotated[
-        str, typer.Option(help="decode-SEQUENCES, decode-SEQUENCES@PROMPT, prefill-TOKENS, memory-SEQUENCES, memory.")
+        str, typer.Option(help="decode-SEQUENCES, decode-SEQUENCES@PROMPT, prefill-TOKENS, memory.")
     ] = DEFAULT_WORK,
     precision: Annotated[str, typer.Option(help="Of the weights.")] = "4bit,8bit,bf16",
     model: ModelOption = None,

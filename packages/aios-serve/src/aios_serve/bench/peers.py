@@ -69,6 +69,8 @@ def run_peers(config: PeersConfig, console: Console) -> int:
         raise BenchError("none of these engines has a setting for this precision and work; see aios-bench peers --help")
     files = ModelFiles(source, folder, environments=environments, threads=config.threads, report=report)
     tasks = _prepare(tasks, environments, files, console)
+    if not tasks:
+        raise BenchError("nothing is left to measure")
     measure = ProcessMeasure(
         source=source,
         files=files,

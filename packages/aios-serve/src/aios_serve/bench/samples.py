@@ -128,7 +128,7 @@ class ProcessMeasure:
             "new_tokens": work.new_tokens,
             "max_context": work.prompt_tokens + work.new_tokens,
             "threads": self.threads,
-            "seconds": 0 if work.kind == "memory" else self.seconds,
+            "seconds": self.seconds if work.more_is_better else 0,
             "options": dict(task.variant.options),
         }
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 DEFAULT_WORK = "decode-1,decode-1@4096,decode-16,decode-32,prefill-512,prefill-4096,memory"
 
-_NAME = re.compile(r"(decode|memory)-(\d{1,3})(?:@(\d{1,6}))?|prefill-(\d{1,6})")
+_NAME = re.compile(r"(decode|memory|own-memory)-(\d{1,3})(?:@(\d{1,6}))?|prefill-(\d{1,6})")
 _SHORT_PROMPT, _PROMPT, _LONG = 32, 128, 1024
 _DECODED, _DECODED_BEHIND_LONG = 128, 64
+_MEMORY = ("memory-1", "own-memory-1", "memory-32", "own-memory-32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Work:
     """
 
     name: str
-    kind: Literal["decode", "prefill", "memory"]
+    kind: Literal["decode", "prefill", "memory", "own-memory"]
     num_sequences: int
     prompt_tokens: int
     new_tokens: int
@@ -47,17 +48,19 @@ class Work:
     @property
     def unit(self) -> str:
         """Of the figure."""
-        return "MB" if self.kind == "memory" else "tok/s"
+        return "tok/s" if self.more_is_better else "MB"
 
     @property
     def more_is_better(self) -> bool:
         """False for memory."""
-        return self.kind != "memory"
+        return self.kind in ("decode", "prefill")
 
     def figure(self, result: Mapping[str, Any]) -> float:
         """What a runner's result says, in `unit`."""
         if self.kind == "memory":
             return result["peak_rss"] / 1e6
+        if self.kind == "own-memory":
+            return (result["peak_rss"] - result["rss_after_imports"]) / 1e6
         if self.kind == "prefill":
             return self.num_sequences * self.prompt_tokens / result["prefill_seconds"]
         return result["decode_tokens"] / result["decode_seconds"]
@@ -76,7 +79,7 @@ def parse_works(names: str) -> list[Work]:
         ConfigError: a name is not one of those above.
     """
     listed = [name.strip() for name in names.split(",") if name.strip()]
-    expanded = [each for name in listed for each in (["memory-1", "memory-32"] if name == "memory" else [name])]
+    expanded = [each for name in listed for each in (_MEMORY if name == "memory" else [name])]
     if not expanded:
         raise ConfigError(f"work={names!r} names no work; try {DEFAULT_WORK}")
     return [_parse(name) for name in dict.fromkeys(expanded)]
@@ -87,15 +90,16 @@ def _parse(name: str) -> Work:
     numbers = [int(group) for group in (match.groups()[1:] if match else ()) if group]
     if match is None or 0 in numbers:
         raise ConfigError(
-            f"work={name!r} is unknown; write decode-N, decode-N@PROMPT, prefill-N, memory-N or memory, N at least 1"
+            f"work={name!r} is unknown; write decode-N, decode-N@PROMPT, prefill-N, memory-N, own-memory-N or memory, "
+            "N at least 1"
         )
     if match[4]:
         return Work(name=name, kind="prefill", num_sequences=1, prompt_tokens=int(match[4]), new_tokens=1)
     num_sequences = int(match[2])
-    prompt = int(match[3] or (_SHORT_PROMPT if num_sequences == 1 else _PROMPT))
+    prompt = int(match[3] or (_SHORT_PROMPT if name == "decode-1" else _PROMPT))
     return Work(
         name=name,
-        kind="decode" if match[1] == "decode" else "memory",
+        kind=match[1],  # type: ignore[arg-type]
         num_sequences=num_sequences,
         prompt_tokens=prompt,
         new_tokens=1 + (_DECODED_BEHIND_LONG if prompt >= _LONG else _DECODED),
