@@ -13,6 +13,7 @@ from aios_kvcache.native.native_cache import NativePagedKVCache
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
 from aios_model.decoder import DecoderModel
+from aios_model.host_memory import return_freed_memory
 from aios_model.model import load_decoder, weight_bytes
 from aios_model.native.cores import usable_cores
 from aios_model.sampling.sampler import Sampler
@@ -96,6 +97,7 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
         enable_prefix_caching=_caches_prefixes(config),
     )
     executor = LocalExecutor(_model_runner(decoder, plan, backend))
+    return_freed_memory()
     step_tokens = StepTokenCounter()
     engine = Engine(Scheduler(limits, block_manager, FCFSQueue()), executor, listeners=[step_tokens])
     port = EnginePort(engine, step_tokens=step_tokens, reset_prefix_cache=block_manager.reset_prefix_cache)
