@@ -60,12 +60,28 @@ inline void write_strip(const Matrix& w, const Epilogue& to, int64_t token, int6
   store_first(out, live, sums);
 }
 
-// Pieces of work for `count` strips: small enough to share out evenly, large enough (`bytes` of weights) to stream.
-inline int64_t strips_per_item(int64_t count, int64_t strip_bytes, int threads, int64_t bytes = 16384) {
+// Pieces of work for `count` strips: small enough to share out evenly, large enough (`bytes` of weights) to stream. A
+// thread that changes its place in memory every 16 KB gets 36 GB/s where one that stays for 256 KB gets 51 to 53.
+inline int64_t strips_per_item(int64_t count, int64_t strip_bytes, int threads, int64_t bytes = 262144) {
   const int64_t by_size = bytes / (strip_bytes > 0 ? strip_bytes : 1);
-  const int64_t by_share = count / (4 * threads);
+  const int64_t by_share = count / (2 * threads);
   const int64_t strips = by_size < by_share ? by_size : by_share;
   return strips < 1 ? 1 : strips;
 }
+
+// Weights that will be wanted soon: asked for in `times` small parts while something else is computed, so that memory
+// is never idle and never waited for.
+class Upcoming {
+ public:
+  Upcoming(const uint8_t* begin, int64_t bytes, int64_t times)
+      : at_(begin), end_(begin + bytes), lines_(times > 0 ? (bytes / 64 + times) / times : 0) {}
+  void ask() {
+    for (int64_t i = 0; i < lines_ && at_ < end_; ++i, at_ += 64) prefetch(at_);
+  }
+
+ private:
+  const uint8_t *at_, *end_;
+  int64_t lines_;
+};
 
 }  // namespace aios

@@ -8,6 +8,8 @@
 namespace aios {
 namespace {
 
+constexpr int64_t kTokensPerItem = 32 * kTileTokens;
+
 void matmul_a8(Team& team, const Matrix& w, const Activations& x, int64_t tokens, uint8_t* scratch,
                       const Epilogue& to) {
   const int64_t strips = num_strips(w);
@@ -18,13 +20,19 @@ void matmul_a8(Team& team, const Matrix& w, const Activations& x, int64_t tokens
       for (int64_t strip = item * step; strip < end; ++strip) rows_strip(w, x, strip, tokens, to);
     });
   }
-  constexpr int64_t kTokensPerItem = 32 * kTileTokens;
   const int64_t panels = (strips + kPanelStrips - 1) / kPanelStrips;
   const int64_t pieces = (tokens + kTokensPerItem - 1) / kTokensPerItem;
-  team.for_each(panels * pieces, [&](int64_t item) {
-    const int64_t strip = item % panels * kPanelStrips, first = item / panels * kTokensPerItem;
-    const Panel panel = unpack_panel(w, x, strip, scratch);
-    a8_panel(w, x, panel, strip, first, std::min(tokens, first + kTokensPerItem), to);
+  const int64_t step = pieces > 1 ? 1 : strips_per_item(panels, kPanelStrips * w.strip_bytes, team.size());
+  const int64_t groups = (panels + step - 1) / step;
+  team.for_each(groups * pieces, [&](int64_t item) {
+    const int64_t begin = item % groups * step, end = std::min(panels, begin + step);
+    const int64_t first = item / groups * kTokensPerItem, last = std::min(tokens, first + kTokensPerItem);
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t strip = p * kPanelStrips, after = strip + kPanelStrips;
+      const int64_t upcoming = p + 1 < end ? std::min<int64_t>(kPanelStrips, strips - after) : 0;
+      const Panel panel = unpack_panel(w, x, strip, scratch);
+      a8_panel(w, x, panel, strip, first, last, strip_at(w, after), upcoming * w.strip_bytes, to);
+    }
   });
 }
 

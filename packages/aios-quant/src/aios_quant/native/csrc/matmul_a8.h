@@ -8,7 +8,11 @@
 
 namespace aios {
 
+#if defined(AIOS_ISA_AVX512)
+constexpr int kFewTokens = 8;
+#else
 constexpr int kFewTokens = 4;
+#endif
 
 // One strip times `tokens` (at most kFewTokens) tokens.
 void rows_strip(const Matrix& w, const Activations& x, int64_t strip, int64_t tokens, const Epilogue& to);
@@ -31,8 +35,8 @@ inline int64_t panel_bytes(const Matrix& w, const Activations& x) {
 // Unpacks the panel that begins at `strip` into `memory` [panel_bytes]; an odd last strip stands in for its neighbour.
 Panel unpack_panel(const Matrix& w, const Activations& x, int64_t strip, uint8_t* memory);
 
-// Tokens [first, last) times one panel.
+// Tokens [first, last) times one panel. Meanwhile the `next_bytes` bytes of weights at `next` are asked for.
 void a8_panel(const Matrix& w, const Activations& x, const Panel& panel, int64_t strip, int64_t first, int64_t last,
-              const Epilogue& to);
+              const uint8_t* next, int64_t next_bytes, const Epilogue& to);
 
 }  // namespace aios

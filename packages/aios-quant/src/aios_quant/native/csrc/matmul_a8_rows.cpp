@@ -8,7 +8,7 @@
 namespace aios {
 namespace {
 
-constexpr int kStreamAhead = 1536;  // bytes ahead of the reads at which memory is asked for
+constexpr int kStreamAhead = 4096;  // bytes ahead of the reads at which memory is asked for
 
 // One strip times `tokens` tokens.
 template <int bits, int tokens>
@@ -115,6 +115,12 @@ inline void rows_strip(const Matrix& w, const Activations& x, int64_t strip, int
     case 1: return rows_strip<bits, 1>(w, x, strip, int64_t{0}, to);
     case 2: return rows_strip<bits, 2>(w, x, strip, int64_t{0}, to);
     case 3: return rows_strip<bits, 3>(w, x, strip, int64_t{0}, to);
+#if defined(AIOS_ISA_AVX512)
+    case 5: return rows_strip<bits, 5>(w, x, strip, int64_t{0}, to);
+    case 6: return rows_strip<bits, 6>(w, x, strip, int64_t{0}, to);
+    case 7: return rows_strip<bits, 7>(w, x, strip, int64_t{0}, to);
+    case 8: return rows_strip<bits, 8>(w, x, strip, int64_t{0}, to);
+#endif
     default: return rows_strip<bits, 4>(w, x, strip, int64_t{0}, to);
   }
 }

@@ -66,46 +66,51 @@ Panel unpack_panel(const Matrix& w, const Activations& x, int64_t strip, uint8_t
 
 namespace {
 
-template <int tokens, bool grouped, bool has_mins>
+// All columns of the panel times `tokens` tokens; a step of columns is `quads` quads.
+template <int quads, int tokens>
 inline void a8_tile(const Matrix& w, const Activations& x, const Panel& panel, int64_t strip, int64_t token,
-                    const Epilogue& to) {
+                    Upcoming& upcoming, const Epilogue& to) {
   f32x16 sums[tokens][kPanelStrips];
   for (auto& row : sums)
     for (f32x16& sum : row) sum = splat(0.0f);
   const int8_t* codes = x.codes_of(token);
   const uint8_t *left = panel.codes[0], *right = panel.codes[1];
-  const int quads = x.step / 4;
   for (int step = 0; step < x.num_steps; ++step) {
+    upcoming.ask();
     i32x16 dots[tokens][kPanelStrips];
 #pragma GCC unroll 8
     for (int t = 0; t < tokens; ++t) {
       dots[t][0] = splat(-w.zero * x.sums_of(token + t)[step]);
       dots[t][1] = dots[t][0];
     }
-#pragma GCC unroll 4
-    for (int q = 0; q < quads; ++q, left += 64, right += 64, codes += 4) {
-      const bytes64 a = load_bytes(left), b = load_bytes(right);
+#pragma GCC unroll 16
+    for (int q = 0; q < quads; ++q) {
+      const bytes64 a = load_bytes(left + 64 * q), b = load_bytes(right + 64 * q);
 #pragma GCC unroll 8
       for (int t = 0; t < tokens; ++t) {
-        const bytes64 value = splat_quad(codes + t * x.padded);
+        const bytes64 value = splat_quad(codes + t * x.padded + 4 * q);
         dots[t][0] = dot4(dots[t][0], a, value);
         dots[t][1] = dot4(dots[t][1], b, value);
       }
     }
+    left += 64 * quads, right += 64 * quads, codes += 4 * quads;
 #pragma GCC unroll 2
     for (int s = 0; s < kPanelStrips; ++s) {
-      const f32x16 scales = grouped ? load(panel.scales[s] + step * kLanes) : splat(0.0f);
-#pragma GCC unroll 8
-      for (int t = 0; t < tokens; ++t) {
-        const f32x16 scale = splat(x.scales_of(token + t)[step]);
-        sums[t][s] = fma(to_float(dots[t][s]), grouped ? mul(scales, scale) : scale, sums[t][s]);
-      }
-      if constexpr (has_mins) {
-        const f32x16 mins = load(panel.mins[s] + step * kLanes);
+      if (!panel.scales[s]) {
 #pragma GCC unroll 8
         for (int t = 0; t < tokens; ++t)
-          sums[t][s] = fma(mins, splat(x.scaled_sums_of(token + t)[step]), sums[t][s]);
+          sums[t][s] = fma(to_float(dots[t][s]), splat(x.scales_of(token + t)[step]), sums[t][s]);
+        continue;
       }
+      const f32x16 scales = load(panel.scales[s] + step * kLanes);
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens; ++t)
+        sums[t][s] = fma(to_float(dots[t][s]), mul(scales, splat(x.scales_of(token + t)[step])), sums[t][s]);
+      if (!panel.mins[s]) continue;
+      const f32x16 mins = load(panel.mins[s] + step * kLanes);
+#pragma GCC unroll 8
+      for (int t = 0; t < tokens; ++t)
+        sums[t][s] = fma(mins, splat(x.scaled_sums_of(token + t)[step]), sums[t][s]);
     }
   }
   for (int t = 0; t < tokens; ++t)
@@ -113,27 +118,32 @@ inline void a8_tile(const Matrix& w, const Activations& x, const Panel& panel, i
       write_strip(w, to, token + t, strip + s, sums[t][s]);
 }
 
-template <int tokens>
-inline void a8_tile(const Matrix& w, const Activations& x, const Panel& panel, int64_t strip, int64_t token,
-                    const Epilogue& to) {
-  if (!w.group) a8_tile<tokens, false, false>(w, x, panel, strip, token, to);
-  else if (!w.has_mins) a8_tile<tokens, true, false>(w, x, panel, strip, token, to);
-  else a8_tile<tokens, true, true>(w, x, panel, strip, token, to);
+template <int quads>
+inline void a8_tiles(const Matrix& w, const Activations& x, const Panel& panel, int64_t strip, int64_t first,
+                     int64_t last, Upcoming& upcoming, const Epilogue& to) {
+  int64_t token = first;
+  for (; token + kTileTokens <= last; token += kTileTokens)
+    a8_tile<quads, kTileTokens>(w, x, panel, strip, token, upcoming, to);
+  switch (last - token) {
+    case 5: return a8_tile<quads, 5>(w, x, panel, strip, token, upcoming, to);
+    case 4: return a8_tile<quads, 4>(w, x, panel, strip, token, upcoming, to);
+    case 3: return a8_tile<quads, 3>(w, x, panel, strip, token, upcoming, to);
+    case 2: return a8_tile<quads, 2>(w, x, panel, strip, token, upcoming, to);
+    case 1: return a8_tile<quads, 1>(w, x, panel, strip, token, upcoming, to);
+    default: return;
+  }
 }
 
 }  // namespace
 
-void a8_panel(const Matrix& w, const Activations& x, const Panel& panel, int64_t strip, int64_t first,
-                     int64_t last, const Epilogue& to) {
-  int64_t token = first;
-  for (; token + kTileTokens <= last; token += kTileTokens) a8_tile<kTileTokens>(w, x, panel, strip, token, to);
-  switch (last - token) {
-    case 5: return a8_tile<5>(w, x, panel, strip, token, to);
-    case 4: return a8_tile<4>(w, x, panel, strip, token, to);
-    case 3: return a8_tile<3>(w, x, panel, strip, token, to);
-    case 2: return a8_tile<2>(w, x, panel, strip, token, to);
-    case 1: return a8_tile<1>(w, x, panel, strip, token, to);
-    default: return;
+void a8_panel(const Matrix& w, const Activations& x, const Panel& panel, int64_t strip, int64_t first, int64_t last,
+              const uint8_t* next, int64_t next_bytes, const Epilogue& to) {
+  const int64_t tiles = (last - first + kTileTokens - 1) / kTileTokens;
+  Upcoming upcoming(next, next_bytes, tiles * x.num_steps);
+  switch (x.step) {
+    case 64: return a8_tiles<16>(w, x, panel, strip, first, last, upcoming, to);
+    case 32: return a8_tiles<8>(w, x, panel, strip, first, last, upcoming, to);
+    default: return a8_tiles<4>(w, x, panel, strip, first, last, upcoming, to);
   }
 }
 

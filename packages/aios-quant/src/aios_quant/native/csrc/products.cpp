@@ -80,7 +80,8 @@ AIOS_EXPORT void aios_linear(void* pool, const Linear* linear, const float* x, i
   uint8_t* memory = kept_memory(scratch * threads.size() + (linear->group ? activation_bytes(inputs, tokens) : 0));
   if (linear->group) place_activations(inputs, tokens, memory + scratch * threads.size());
   threads.run([&](Team& team) {
-    if (linear->group) team.for_each(tokens, [&](int64_t t) { quantize_token(inputs, t, x + t * x_stride); });
+    if (linear->group)
+      team.for_each_in_runs(tokens, [&](int64_t t) { quantize_token(inputs, t, x + t * x_stride); });
     matmul(team, *linear, {x, x_stride, &inputs, tokens}, memory + team.rank() * scratch, {out, out_stride, false});
   });
 }

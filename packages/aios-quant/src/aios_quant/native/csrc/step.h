@@ -142,7 +142,7 @@ class StepRun {
       mlp(model_.layers[i]);
     }
     const int size = model_.hidden_size;
-    team_.for_each(tokens_, [&](int64_t t) {
+    team_.for_each_in_runs(tokens_, [&](int64_t t) {
       rms_norm(x_ + t * size, model_.final_norm, hidden_TD + t * size, size, model_.eps);
     });
   }
@@ -197,7 +197,7 @@ class StepRun {
   template <class Row>
   Inputs prepare(const Linear& linear, const Activations& shared, int64_t width, float* floats, int64_t stride, Row row) {
     if (tokens_ > kOwnTokens) {
-      team_.for_each(tokens_, [&](int64_t t) {
+      team_.for_each_in_runs(tokens_, [&](int64_t t) {
         const float* numbers = row(t, floats + t * stride);
         if (linear.group) quantize_token(shared, t, numbers);
       });
@@ -218,7 +218,7 @@ class StepRun {
     float* keys = buffers_.qkv + int64_t{model_.num_heads} * model_.head_dim;
     float* values = keys + int64_t{model_.num_kv_heads} * model_.head_dim;
     const bool only_decodes = batch_.num_sequences == batch_.num_rows;  // then row t is sequence t
-    team_.for_each(tokens_, [&](int64_t t) {
+    team_.for_each_in_runs(tokens_, [&](int64_t t) {
       rotate_token(layer, buffers_.qkv + t * width, positions_[t]);
       if (!only_decodes) return;
       const Sequence& sequence = batch_.sequences[t];
@@ -248,7 +248,7 @@ class StepRun {
     float* partial = buffers_.qkv;  // free by now
     matmul(team_, linear, inputs, scratch_, {partial, size, false});
     team_.for_each(1, [&](int64_t) { model_.reduce(model_.reduce_context, partial, tokens_ * size); });
-    team_.for_each(tokens_, [&](int64_t t) {
+    team_.for_each_in_runs(tokens_, [&](int64_t t) {
       for (int64_t i = t * size; i < (t + 1) * size; ++i) x_[i] += partial[i];
     });
   }
