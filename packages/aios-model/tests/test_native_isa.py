@@ -10,7 +10,7 @@ import pytest
 from aios_model.errors import ConfigError
 from aios_model.native import isa as isa_module
 from aios_model.native.compiler import find_compiler
-from aios_model.native.isa import AVX2, AVX512, ISAS, PORTABLE, Isa, available_isas, choose_isa
+from aios_model.native.isa import AVX2, AVX512, AVX_VNNI, ISAS, PORTABLE, Isa, available_isas, choose_isa
 from aios_model.native.library import NativeLibrary
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler here")
@@ -63,7 +63,7 @@ def test_code_is_compiled_for_the_level_asked_for_and_runs(isa: Isa, tmp_path, m
     floats = ctypes.c_float * 16
     result = floats()
     level = library.declare("level", ctypes.c_int, floats, floats)(floats(*range(16)), result)
-    assert (library.isa, level) == (isa, {AVX512: 512, AVX2: 256, PORTABLE: 0}[isa])
+    assert (library.isa, level) == (isa, {AVX512: 512, AVX_VNNI: 256, AVX2: 256, PORTABLE: 0}[isa])
     assert list(result) == [i * i + i for i in range(16)]
     assert f"-{isa.name}-" in library.path.name
 
@@ -73,7 +73,9 @@ def test_without_a_wish_the_best_level_is_taken(with_flags):
     for best in ISAS:
         with_flags(best.cpu_flags)
         assert choose_isa() == best
-        assert available_isas() == ISAS[ISAS.index(best) :]
+        assert available_isas() == tuple(isa for isa in ISAS if isa.cpu_flags <= best.cpu_flags)
+    with_flags(AVX512.cpu_flags | AVX_VNNI.cpu_flags)
+    assert available_isas() == ISAS
 
 
 @pytest.mark.parametrize("missing", sorted(AVX512.cpu_flags - AVX2.cpu_flags))

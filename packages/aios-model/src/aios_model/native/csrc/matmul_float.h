@@ -34,6 +34,11 @@ struct FloatColumn<WeightType::kFp8> {
 
 constexpr int kPrefetchBytes = 2048;  // how far ahead of the reads memory is asked for
 constexpr int kFewRows = 4;           // up to so many rows of x, every weight is read once, as it streams by
+#if defined(AIOS_ISA_AVX512)
+constexpr int kTileRowsOfX = 8;  // of many rows, so many meet two strips at once: what the registers hold
+#else
+constexpr int kTileRowsOfX = 2;
+#endif
 constexpr int kAskEvery = 32;  // columns
 
 // `strips` neighbouring strips times `tokens` rows of x, all sums in registers.
@@ -82,7 +87,7 @@ inline void float_strips(const Matrix& w, int64_t strip, const float* x, int64_t
 }
 
 // Few tokens: four strips at once, so that four chains of FMAs hide each other's latency. Many: two, each weight
-// widened once for eight tokens; meanwhile the next two are asked for.
+// widened once for a tile of tokens; meanwhile the next two are asked for.
 template <WeightType type>
 inline void float_item(const Matrix& w, int64_t begin, int64_t end, const float* x, int64_t x_stride, int64_t first,
                        int64_t last, const Epilogue& to) {
@@ -92,11 +97,12 @@ inline void float_item(const Matrix& w, int64_t begin, int64_t end, const float*
     for (; strip + 4 <= end; strip += 4)
       float_strips<type, 4, kFewRows>(w, strip, x, x_stride, first, last, nothing, to);
   for (; strip + 2 <= end; strip += 2) {
-    const int64_t next = end - strip - 2 < 2 ? end - strip - 2 : 2, passes = (last - first + 7) / 8;
+    const int64_t next = end - strip - 2 < 2 ? end - strip - 2 : 2;
+    const int64_t passes = (last - first + kTileRowsOfX - 1) / kTileRowsOfX;
     Upcoming upcoming(strip_at(w, strip + 2), next * w.strip_bytes, passes * ((w.columns + kAskEvery - 1) / kAskEvery));
-    float_strips<type, 2, 8>(w, strip, x, x_stride, first, last, upcoming, to);
+    float_strips<type, 2, kTileRowsOfX>(w, strip, x, x_stride, first, last, upcoming, to);
   }
-  for (; strip < end; ++strip) float_strips<type, 1, 8>(w, strip, x, x_stride, first, last, nothing, to);
+  for (; strip < end; ++strip) float_strips<type, 1, kTileRowsOfX>(w, strip, x, x_stride, first, last, nothing, to);
 }
 
 inline void float_item(const Matrix& w, int64_t begin, int64_t end, const float* x, int64_t x_stride, int64_t first,

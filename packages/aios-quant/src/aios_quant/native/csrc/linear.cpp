@@ -8,7 +8,7 @@
 namespace aios {
 namespace {
 
-constexpr int64_t kTokensPerItem = 32 * kTileTokens;
+constexpr int64_t kTokensPerItem = 192;  // whole tiles
 
 void matmul_a8(Team& team, const Matrix& w, const Activations& x, int64_t tokens, uint8_t* scratch,
                       const Epilogue& to) {

@@ -58,8 +58,9 @@ inline void a16_item(const Matrix& w, int64_t begin, int64_t end, const float* x
     wide.strip_bytes = floats * static_cast<int64_t>(sizeof(float));
     wide.strips = reinterpret_cast<const uint8_t*>(memory) - strip * wide.strip_bytes;
     Upcoming nothing(nullptr, 0, 0);
-    if (count == 2) float_strips<WeightType::kFloat32, 2, 8>(wide, strip, x, x_stride, 0, tokens, nothing, to);
-    else float_strips<WeightType::kFloat32, 1, 8>(wide, strip, x, x_stride, 0, tokens, nothing, to);
+    if (count == 2)
+      float_strips<WeightType::kFloat32, 2, kTileRowsOfX>(wide, strip, x, x_stride, 0, tokens, nothing, to);
+    else float_strips<WeightType::kFloat32, 1, kTileRowsOfX>(wide, strip, x, x_stride, 0, tokens, nothing, to);
   }
 }
 

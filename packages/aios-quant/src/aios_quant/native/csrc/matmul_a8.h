@@ -8,17 +8,21 @@
 
 namespace aios {
 
+// Tokens that meet a strip as it streams by, and tokens that meet a panel at once. AVX-512 keeps 6 x 2 integer and 6 x 2
+// float sums in 24 of its 32 registers. Half as many registers of half the width hold 2 x 2 integer sums: in the loop
+// that counts, floats wait in memory. Without VNNI a product takes so many instructions that the loads hardly matter.
 #if defined(AIOS_ISA_AVX512)
-constexpr int kFewTokens = 8;
+constexpr int kFewTokens = 8, kTileTokens = 6;
+#elif defined(__AVXVNNI__)
+constexpr int kFewTokens = 4, kTileTokens = 2;
 #else
-constexpr int kFewTokens = 4;
+constexpr int kFewTokens = 4, kTileTokens = 6;
 #endif
 
 // One strip times `tokens` (at most kFewTokens) tokens.
 void rows_strip(const Matrix& w, const Activations& x, int64_t strip, int64_t tokens, const Epilogue& to);
 
 constexpr int kPanelStrips = 2;
-constexpr int kTileTokens = 6;  // 6 x 2 integer and 6 x 2 float sums: 24 of the 32 registers of AVX-512
 
 // Two strips, unpacked: one byte a code, scales and minimums of every step as floats.
 struct Panel {
