@@ -10,6 +10,8 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ import pytest
 from aios_model.errors import ConfigError, NativeBuildError
 from aios_model.native import library as library_module
 from aios_model.native import status as status_module
-from aios_model.native.compiler import build_library, find_compiler
+from aios_model.native.build import LibrarySource, build_libraries, build_library
+from aios_model.native.compiler import find_compiler
 from aios_model.native.isa import PORTABLE
-from aios_model.native.library import NativeLibrary, load_library, pointer, source_folder
+from aios_model.native.library import LayerKernels, NativeLibrary, build_layers, load_library, pointer, source_folder
 from aios_model.native.status import native_status
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler here")
@@ -80,8 +83,13 @@ def compilations(tmp_path, monkeypatch):
     return lambda: len(log.read_text().splitlines())
 
 
-def build(folder: Path, **options) -> Path:
-    return build_library("tiny", sorted(folder.glob("*.cpp")), [folder], PORTABLE, **options)
+def library_source(folder: Path, name: str = "tiny", extra_flags: Sequence[str] = ()) -> LibrarySource:
+    sources = sorted(folder.glob("*.cpp"))
+    return LibrarySource(name=name, sources=sources, include_dirs=[folder], extra_flags=extra_flags)
+
+
+def build(folder: Path, *, extra_flags: Sequence[str] = (), **options) -> Path:
+    return build_library(library_source(folder, extra_flags=extra_flags), PORTABLE, **options)
 
 
 def call(folder: Path, name: str = "answer") -> int:
@@ -147,7 +155,7 @@ class TestBuild:
         build(folder, report=said.append)
         build(folder, report=said.append)
         assert len(said) == 2
-        assert said[0] == "compiling the native kernels of tiny for portable (once; a few seconds)"
+        assert said[0] == "compiling the native kernels of tiny for portable (once; some seconds)"
         assert said[1].startswith("compiled the native kernels of tiny for portable in ")
         with caplog.at_level(logging.INFO):
             build(folder, rebuild=True)
@@ -163,6 +171,52 @@ class TestBuild:
         contents = build(folder).read_bytes()
         assert b"libgomp" not in contents
         assert b"libomp" not in contents
+
+
+@needs_compiler
+class TestSeveral:
+    def test_their_sources_are_compiled_side_by_side_but_never_more_than_there_are_cores(
+        self, folder, answer, compilations, monkeypatch
+    ):
+        monkeypatch.setenv("DELAY", "0.6")
+        monkeypatch.setattr("aios_model.native.build.usable_cores", lambda: 2)
+        said: list[str] = []
+        started = time.perf_counter()
+        paths = build_libraries([library_source(folder, name) for name in "abcd"], PORTABLE, report=said.append)
+        seconds = time.perf_counter() - started
+        assert 1.2 < seconds < 2.4, "two rounds of two, not four of one nor one of four"
+        assert [path.name[0] for path in paths] == ["a", "b", "c", "d"]
+        assert {NativeLibrary(path, name="", isa=PORTABLE).declare("answer", ctypes.c_int)() for path in paths} == {
+            answer
+        }
+        assert compilations() == 4
+        assert len(said) == 2
+        assert said[0] == "compiling the native kernels of a, b, c, d for portable (once; some seconds)"
+
+    def test_only_what_is_missing_is_compiled(self, folder, compilations):
+        path = build_library(library_source(folder, "b"), PORTABLE)
+        paths = build_libraries([library_source(folder, name) for name in "abb"], PORTABLE)
+        assert (paths[1:], compilations()) == ([path, path], 2)
+
+    def test_one_that_is_refused_does_not_lose_the_others(self, folder, tmp_path, compilations):
+        broken = tmp_path / "broken"
+        broken.mkdir()
+        (broken / "broken.cpp").write_text("#error no\n")
+        sources = [library_source(broken, "broken"), library_source(folder, "sound")]
+        for _ in range(2):
+            with pytest.raises(NativeBuildError, match=r"(?s)native kernels of broken for .*#error no"):
+                build_libraries(sources, PORTABLE)
+        assert build_library(sources[1], PORTABLE).exists()
+        assert compilations() == 2
+
+    def test_orders_that_cross_do_not_wait_for_each_other(self, folder, compilations, monkeypatch):
+        monkeypatch.setenv("DELAY", "0.3")
+        sources = [library_source(folder, name) for name in "abc"]
+        with ThreadPoolExecutor() as threads:
+            forward = threads.submit(build_libraries, sources, PORTABLE)
+            backward = threads.submit(build_libraries, sources[::-1], PORTABLE)
+            assert forward.result(timeout=30) == backward.result(timeout=30)[::-1]
+        assert compilations() == 3
 
 
 @needs_compiler
@@ -337,8 +391,11 @@ class TestCalls:
         write_package(tmp_path / "upper", "upper", headers={}, source=SOURCE)
         for name in ("lower", "upper"):
             monkeypatch.syspath_prepend(str(tmp_path / name))
-        library = load_library("upper", below=["lower"])
-        assert library is load_library("upper", below=["lower"])
+        upper = LayerKernels("upper", below=["lower"])
+        build_layers(upper)
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        library = load_library(upper)
+        assert library is load_library(upper)
         assert library.declare("answer", ctypes.c_int)() == answer
         assert "upper" not in sys.modules
 

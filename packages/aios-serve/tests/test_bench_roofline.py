@@ -45,7 +45,7 @@ def test_native_kernels_measure_every_limit(tmp_path, monkeypatch, quick):
         library = NativeLibrary.open(name="roofline_test", sources=[source], include_dirs=[source_folder("aios_model")])
     except NativeBuildError as error:
         pytest.skip(f"no compiler: {error}")
-    monkeypatch.setattr(limits_module, "load_library", lambda name: library)
+    monkeypatch.setattr(limits_module, "model_library", lambda: library)
     measured = measure_limits(2)
     assert measured.source == f"native kernels for {library.isa.name}"
     rates = (measured.large_read, measured.cached_read, measured.float_operations, measured.byte_operations)
@@ -53,10 +53,10 @@ def test_native_kernels_measure_every_limit(tmp_path, monkeypatch, quick):
 
 
 def test_without_native_kernels_torch_measures(monkeypatch, quick):
-    def refuse(name):
+    def refuse():
         raise NativeBuildError("no compiler")
 
-    monkeypatch.setattr(limits_module, "load_library", refuse)
+    monkeypatch.setattr(limits_module, "model_library", refuse)
     monkeypatch.setattr("aios_model.hardware.measure_this_machine", lambda: SimpleNamespace(flops=5e9))
     measured = measure_limits(1)
     assert measured.source == "torch"

@@ -90,6 +90,8 @@ class ModelRunner:
         hidden_TD = self._decoder(batch.tokens_T, batch.positions_T, self._cache)
         if not batch.sampling:
             return StepResult(sampled={})
-        logits_SV = self._decoder.logits(hidden_TD[batch.sample_rows_S])
+        # Where every token samples, as in a step of decodes, the rows are the hidden states as they are.
+        hidden_SD = hidden_TD if len(batch.sampling) == len(hidden_TD) else hidden_TD[batch.sample_rows_S]
+        logits_SV = self._decoder.logits(hidden_SD)
         tokens = self._sampler.sample(logits_SV, batch.sampling)
         return StepResult(sampled={row.request_id: token for row, token in zip(batch.sampling, tokens, strict=True)})

@@ -22,17 +22,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from aios_kvcache.native.kernels import kvcache_library
+from aios_kvcache.native.kernels import KVCACHE_KERNELS, kvcache_library
 from aios_kvcache.native.native_cache import KV_DTYPES
 from aios_kvcache.sizing import native_kv_bytes_per_token
 from aios_model.config_file import read_json
 from aios_model.errors import ConfigError
 from aios_model.model import ModelTransform, resolve_device
+from aios_model.native.base_library import MODEL_KERNELS, model_library
+from aios_model.native.library import NativeLibrary, build_layers
 from aios_model.native.status import native_status
 from aios_model.native.threads import ThreadPool, get_pool
 from aios_model.weights.gguf_file import GGUFFile
 from aios_quant.native.matrix import NativeMatrix
-from aios_quant.native.structures import quant_library
+from aios_quant.native.structures import QUANT_KERNELS, quant_library
 from aios_quant.schemes.registry import find_scheme
 from aios_quant.transform import quantize_model
 
@@ -94,9 +96,7 @@ def choose_backend(config: EngineConfig, files: ModelFiles) -> Backend:
         return _torch_backend(config, "none" if scheme == "auto" else scheme, "torch computes on this device")
     if scheme in ("auto", "none") and plain and config.dtype != "bfloat16":
         return _torch_backend(config, "none", "torch computes plain weights, as the reference")
-    status = native_status(kvcache_library)
-    if status.available:
-        status = native_status(quant_library)
+    status = native_status(_open_kernels)
     if not status.available:
         return _torch_backend(config, "none" if scheme == "auto" else scheme, status.reason)
     if scheme == "auto":
@@ -116,6 +116,14 @@ def choose_backend(config: EngineConfig, files: ModelFiles) -> Backend:
         kv_dtype=getattr(torch, kv_name) if pages_fit else None,
         reason=status.reason,
     )
+
+
+def _open_kernels() -> NativeLibrary:
+    """All layers' kernels: at the first start they are compiled side by side."""
+    build_layers(QUANT_KERNELS, KVCACHE_KERNELS, MODEL_KERNELS)
+    for open_library in (model_library, kvcache_library):
+        open_library()
+    return quant_library()
 
 
 def _torch_backend(config: EngineConfig, scheme: str, reason: str) -> Backend:

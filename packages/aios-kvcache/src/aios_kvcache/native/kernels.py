@@ -12,8 +12,9 @@ from typing import Any
 
 from aios_kvcache.layout import NativeKvDtype
 from aios_model.native.isa import Isa
-from aios_model.native.library import NativeLibrary, source_folder
+from aios_model.native.library import LayerKernels, NativeLibrary, load_library
 
+KVCACHE_KERNELS = LayerKernels("aios_kvcache", below=("aios_model",))
 KV_TYPES: dict[NativeKvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
@@ -71,13 +72,7 @@ def kvcache_library(isa: Isa | None = None) -> NativeLibrary:
         NativeBuildError: It cannot be compiled or loaded; ask `native_status(kvcache_library)` first.
         ConfigError: `AIOS_ISA` asks for what this CPU lacks.
     """
-    folder = source_folder("aios_kvcache")
-    return NativeLibrary.open(
-        name="aios_kvcache",
-        sources=sorted(folder.glob("*.cpp")),
-        include_dirs=[folder, source_folder("aios_model")],
-        isa=isa,
-    )
+    return load_library(KVCACHE_KERNELS, isa)
 
 
 def attention_kernels(library: NativeLibrary) -> AttentionKernels:

@@ -12,19 +12,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aios_model.native.base_library import model_library
-    from aios_model.native.compiler import build_library, find_compiler
+    from aios_model.native.build import LibrarySource, build_libraries, build_library
+    from aios_model.native.compiler import find_compiler
     from aios_model.native.cores import numa_cores, parse_cpu_list, resolve_cpu_bind, usable_cores, usable_cpus
     from aios_model.native.isa import Isa, available_isas, choose_isa
-    from aios_model.native.library import NativeLibrary, load_library, pointer, source_folder
+    from aios_model.native.library import (
+        LayerKernels,
+        NativeLibrary,
+        build_layers,
+        load_library,
+        pointer,
+        source_folder,
+    )
     from aios_model.native.status import NativeStatus, native_status
     from aios_model.native.threads import ThreadPool, current_pool, default_num_threads, get_pool
 
 __all__ = [
     "Isa",
+    "LayerKernels",
+    "LibrarySource",
     "NativeLibrary",
     "NativeStatus",
     "ThreadPool",
     "available_isas",
+    "build_layers",
+    "build_libraries",
     "build_library",
     "choose_isa",
     "current_pool",
@@ -45,11 +57,15 @@ __all__ = [
 
 _HOMES = {
     "Isa": "isa",
+    "LayerKernels": "library",
+    "LibrarySource": "build",
     "NativeLibrary": "library",
     "NativeStatus": "status",
     "ThreadPool": "threads",
     "available_isas": "isa",
-    "build_library": "compiler",
+    "build_layers": "library",
+    "build_libraries": "build",
+    "build_library": "build",
     "choose_isa": "isa",
     "current_pool": "threads",
     "default_num_threads": "threads",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from aios_model.native.library import NativeLibrary, load_library
+from aios_model.native.library import LayerKernels, NativeLibrary, load_library
+
+MODEL_KERNELS = LayerKernels("aios_model")
 
 
 def model_library() -> NativeLibrary:
@@ -12,4 +14,4 @@ def model_library() -> NativeLibrary:
         NativeBuildError: it cannot be compiled or loaded; ask `native_status` first.
         ConfigError: `AIOS_ISA` asks for what this CPU lacks.
     """
-    return load_library("aios_model")
+    return load_library(MODEL_KERNELS)

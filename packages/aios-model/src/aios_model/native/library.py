@@ -10,36 +10,64 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aios_model.errors import NativeBuildError
-from aios_model.native.compiler import build_library
+from aios_model.native.build import LibrarySource, build_libraries, build_library
 from aios_model.native.isa import Isa, choose_isa
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_library(package: str, *, below: Sequence[str] = (), extra_flags: Sequence[str] = ()) -> NativeLibrary:
-    """The library of all C++ files in a package's `native/csrc`, compiled if need be, opened once per process.
+@dataclass(frozen=True, slots=True)
+class LayerKernels:
+    """The C++ of one layer.
 
-    Args:
+    Attributes:
         package: Top-level package, such as `aios_quant`; it is looked up, not imported.
         below: Packages whose headers its sources include.
-        extra_flags: More flags for the compiler.
+    """
+
+    package: str
+    below: Sequence[str] = ()
+
+    @property
+    def source(self) -> LibrarySource:
+        """All C++ files in the package's `native/csrc`."""
+        return LibrarySource(
+            name=self.package,
+            sources=_sources(self.package),
+            include_dirs=[source_folder(package) for package in (self.package, *self.below)],
+        )
+
+
+def build_layers(*layers: LayerKernels) -> None:
+    """Compile what is missing of several layers side by side, so that opening them one by one takes no time.
+
+    Raises:
+        NativeBuildError: no compiler, or it refused.
+        ConfigError: `AIOS_ISA` asks for what this CPU lacks.
+    """
+    build_libraries([layer.source for layer in layers], choose_isa())
+
+
+def load_library(layer: LayerKernels, isa: Isa | None = None) -> NativeLibrary:
+    """The library of a layer's C++ files, compiled if need be, opened once per process.
+
+    Args:
+        layer: Whose.
+        isa: The instruction set; None for `choose_isa()`.
 
     Raises:
         NativeBuildError: no compiler, or it refused, or the result cannot be loaded.
         ConfigError: `AIOS_ISA` asks for what this CPU lacks.
     """
-    return NativeLibrary.open(
-        name=package,
-        sources=_sources(package),
-        include_dirs=[source_folder(package), *map(source_folder, below)],
-        extra_flags=extra_flags,
-    )
+    source = layer.source
+    return NativeLibrary.open(name=source.name, sources=source.sources, include_dirs=source.include_dirs, isa=isa)
 
 
 @functools.cache
@@ -81,7 +109,7 @@ class NativeLibrary:
         isa: Isa | None = None,
         extra_flags: Sequence[str] = (),
     ) -> NativeLibrary:
-        """Build if need be and load, once per process and instruction set; arguments as of `build_library`.
+        """Build if need be and load, once per process and instruction set; arguments as of `LibrarySource`.
 
         Args:
             name: What it is called.
@@ -98,26 +126,23 @@ class NativeLibrary:
         key = (name, isa.name, *map(str, sources), *map(str, include_dirs), *extra_flags)
         with _lock:
             if key not in _opened:
-
-                def build(*, rebuild: bool) -> Path:
-                    return build_library(name, sources, include_dirs, isa, extra_flags, rebuild=rebuild)
-
-                _opened[key] = cls._load(build, name=name, isa=isa)
+                source = LibrarySource(name=name, sources=sources, include_dirs=include_dirs, extra_flags=extra_flags)
+                _opened[key] = cls._load(source, isa)
             return _opened[key]
 
     @classmethod
-    def _load(cls, build: Callable[..., Path], *, name: str, isa: Isa) -> NativeLibrary:
-        """Load what `build` returns; what does not load (another C library, say) is built once more."""
+    def _load(cls, source: LibrarySource, isa: Isa) -> NativeLibrary:
+        """Load what `source` makes; what does not load (another C library, say) is built once more."""
         try:
-            return cls(build(rebuild=False), name=name, isa=isa)
+            return cls(build_library(source, isa), name=source.name, isa=isa)
         except OSError:
-            path = build(rebuild=True)
+            path = build_library(source, isa, rebuild=True)
         try:
-            return cls(path, name=name, isa=isa)
+            return cls(path, name=source.name, isa=isa)
         except OSError as error:
             raise NativeBuildError(
-                f"the native kernels of {name} were compiled, but cannot be loaded: {error}; if libraries may not be "
-                f"loaded from {path.parent}, set AIOS_CACHE_DIR to a folder from which they may"
+                f"the native kernels of {source.name} were compiled, but cannot be loaded: {error}; if libraries may "
+                f"not be loaded from {path.parent}, set AIOS_CACHE_DIR to a folder from which they may"
             ) from error
 
     def declare(self, name: str, restype: Any, *argtypes: Any) -> Callable[..., Any]:

@@ -9,7 +9,9 @@ from ctypes import POINTER, c_int32, c_int64, c_void_p
 from typing import Any
 
 from aios_model.native.kernels import MatrixStruct
-from aios_model.native.library import NativeLibrary, load_library
+from aios_model.native.library import LayerKernels, NativeLibrary, load_library
+
+QUANT_KERNELS = LayerKernels("aios_quant", below=("aios_kvcache", "aios_model"))
 
 
 class LinearStruct(ctypes.Structure):
@@ -30,7 +32,7 @@ def quant_library() -> NativeLibrary:
     Raises:
         NativeBuildError: they cannot be compiled or loaded; ask `native_status` first.
     """
-    return load_library("aios_quant", below=("aios_kvcache", "aios_model"))
+    return load_library(QUANT_KERNELS)
 
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aios_model.errors import ConfigError, NativeBuildError
-from aios_model.native.library import load_library
+from aios_model.native.base_library import model_library
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ class Limits:
 def measure_limits(threads: int) -> Limits:
     """Takes about three seconds, plus those that compiling takes the first time."""
     try:
-        library = load_library("aios_model")
+        library = model_library()
         read = library.declare("aios_read_once", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
         floats = library.declare("aios_multiply_floats", ctypes.c_int64, ctypes.c_int64)
         byte_products = library.declare("aios_multiply_bytes", ctypes.c_int64, ctypes.c_int64)
