@@ -12,7 +12,7 @@ from aios_model.native import native_status
 from aios_model.native.isa import available_isas
 from aios_model.native.threads import get_pool
 from aios_quant.native.matrix import NativeLinear, NativeMatrix
-from aios_quant.quantized_tensor import Fp8Tensor, QuantizedTensor
+from aios_quant.quantized_tensor import STEP_COLUMNS, CodedScales, Fp8Tensor, QuantizedTensor
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason=native_status().reason)
 
@@ -29,14 +29,40 @@ FORMATS = [
     (5, 16, 32, False, torch.float16),
     (5, 0, 32, True, torch.float32),
     (6, 32, 16, False, torch.float32),
+    # As GGUF's K encodings: scales are products of an integer and a float16.
+    (4, 0, 32, True, "coded"),
+    (5, 0, 32, True, "coded"),
+    (6, 32, 16, False, "coded"),
 ]
 
 
+def coded(rows: int, columns: int, group: int, step: float) -> tuple[CodedScales, torch.Tensor]:
+    """Random coded scales, and the scales that they are."""
+    codes = torch.randint(-63, 64, (rows, columns // group), dtype=torch.int8)
+    steps = (torch.rand(rows, columns // STEP_COLUMNS) * step).half()
+    values = codes.float().unflatten(1, (-1, STEP_COLUMNS // group)) * steps.float().unsqueeze(-1)
+    return CodedScales(codes_NG=codes, steps_NS=steps), values.flatten(1)
+
+
 def random_weight(rows: int, columns: int, bits: int, zero: int, group: int, mins: bool, dtype) -> QuantizedTensor:
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    if dtype == "coded":
+        coded_scales, scales = coded(rows, columns, group, 0.0005)
+        coded_mins, minimums = coded(rows, columns, group, 0.001) if mins else (None, None)
+        return QuantizedTensor(
+            codes_NK=codes,
+            bits=bits,
+            zero=zero,
+            group_size=group,
+            scales_NG=scales,
+            mins_NG=minimums,
+            coded_scales=coded_scales,
+            coded_mins=coded_mins,
+        )
     group = group or columns
     shape = (rows, columns // group)
     return QuantizedTensor(
-        codes_NK=torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8),
+        codes_NK=codes,
         bits=bits,
         zero=zero,
         group_size=group,
@@ -60,7 +86,8 @@ def test_product_equals_the_dequantised_one(format, activation) -> None:
     pool = get_pool(1)
     for tokens in (1, 3, 4, 5, 6, 13, 33):
         rows = random.choice([1, 15, 16, 17, 48, 97])
-        columns = (group or random.choice([8, 40, 64, 96])) * random.choice([1, 2, 3, 5])
+        width = STEP_COLUMNS if format[4] == "coded" else group or random.choice([8, 40, 64, 96])
+        columns = width * random.choice([1, 2, 3, 5])
         columns += columns % 32 if group == 16 else 0
         weight = random_weight(rows, columns, *format)
         kernel = NativeMatrix(weight, activation=activation, pool=pool)
@@ -77,11 +104,18 @@ def test_product_equals_the_dequantised_one(format, activation) -> None:
 @pytest.mark.parametrize("format", FORMATS, ids=str)
 def test_dequantised_matrix_is_that_of_the_format(format) -> None:
     for rows, groups in itertools.product((1, 16, 37), (1, 2, 6)):
-        columns = (format[2] or 48) * groups
+        columns = (STEP_COLUMNS if format[4] == "coded" else format[2] or 48) * groups
         columns += columns % 32 if format[2] == 16 else 0
         weight = random_weight(rows, columns, *format)
         kernel = NativeMatrix(weight, activation="a8", pool=get_pool(1))
         assert torch.equal(kernel.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize(("format", "bits"), [(FORMATS[-3], 4.625), (FORMATS[-2], 5.625), (FORMATS[-1], 6.5625)])
+def test_coded_scales_stay_coded(format, bits) -> None:
+    rows, columns = 48, 1024
+    kernel = NativeMatrix(random_weight(rows, columns, *format), activation="a8", pool=get_pool(1))
+    assert kernel.num_bytes == rows * columns * bits / 8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -108,7 +142,7 @@ def test_fp8_product_equals_torch() -> None:
 
 @pytest.mark.parametrize("format", [*FORMATS, None], ids=str)
 def test_row_is_bitwise_the_same_alone_and_in_any_batch_with_any_number_of_threads(format) -> None:
-    rows, columns = 150, 384
+    rows, columns = 150, 512
     weight = torch.randn(rows, columns).bfloat16() if format is None else random_weight(rows, columns, *format)
     for activation in ("a8", "a16"):
         kernel = NativeMatrix(weight, activation=activation, pool=get_pool(1))

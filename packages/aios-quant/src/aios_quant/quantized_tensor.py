@@ -27,6 +27,38 @@ CODE_BITS = (4, 5, 6, 8)
 _SCALE_DTYPES = (torch.float16, torch.float32)
 
 
+STEP_COLUMNS = 256
+"""Columns whose coded scales share a step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedScales:
+    """Scales (or minimums) of groups as GGUF's K encodings keep them: scale[n, g] = code[n, g] * step[n, k // 256].
+
+    Attributes:
+        codes_NG: int8 [N, K/G].
+        steps_NS: float16 [N, K/256].
+    """
+
+    codes_NG: Tensor
+    steps_NS: Tensor
+
+    def rows(self, start: int, stop: int) -> CodedScales:
+        """Rows [start, stop), not copied."""
+        return CodedScales(codes_NG=self.codes_NG[start:stop], steps_NS=self.steps_NS[start:stop])
+
+    def to(self, device: torch.device) -> CodedScales:
+        """The same numbers on `device`."""
+        return CodedScales(codes_NG=self.codes_NG.to(device), steps_NS=self.steps_NS.to(device))
+
+    def empty(self, num_rows: int) -> CodedScales:
+        """Room for so many rows."""
+        codes, steps = self.codes_NG, self.steps_NS
+        return CodedScales(
+            codes_NG=codes.new_empty(num_rows, codes.shape[1]), steps_NS=steps.new_empty(num_rows, steps.shape[1])
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedTensor:
     """One weight matrix in codes.
@@ -38,6 +70,8 @@ class QuantizedTensor:
         group_size: G, columns per scale; K for one scale per row. K is a multiple of it.
         scales_NG: [N, K/G], float16 where the format stores float16 and nothing else was multiplied in, else float32.
         mins_NG: Added after scaling, shape and dtypes as the scales; None for symmetric formats.
+        coded_scales: What the scales are the products of, where a format keeps them so: a kernel may store these.
+        coded_mins: The same of the minimums; given if and only if there are coded scales and minimums.
 
     Raises:
         ValueError: The shapes, dtypes or widths contradict each other.
@@ -49,6 +83,8 @@ class QuantizedTensor:
     group_size: int
     scales_NG: Tensor
     mins_NG: Tensor | None = None
+    coded_scales: CodedScales | None = None
+    coded_mins: CodedScales | None = None
 
     def __post_init__(self) -> None:
         if self.codes_NK.dtype != torch.uint8 or self.codes_NK.dim() != 2:
@@ -83,7 +119,8 @@ class QuantizedTensor:
     def format(self) -> tuple[object, ...]:
         """What two tensors must have in common to be one matrix: all but their rows."""
         mins = None if self.mins_NG is None else self.mins_NG.dtype
-        return (self.codes_NK.shape[1], self.bits, self.zero, self.group_size, self.scales_NG.dtype, mins)
+        scales = "coded" if self.coded_scales else self.scales_NG.dtype
+        return (self.codes_NK.shape[1], self.bits, self.zero, self.group_size, scales, mins)
 
     @property
     def is_per_channel(self) -> bool:
@@ -109,6 +146,8 @@ class QuantizedTensor:
             codes_NK=self.codes_NK[start:stop],
             scales_NG=self.scales_NG[start:stop],
             mins_NG=None if self.mins_NG is None else self.mins_NG[start:stop],
+            coded_scales=None if self.coded_scales is None else self.coded_scales.rows(start, stop),
+            coded_mins=None if self.coded_mins is None else self.coded_mins.rows(start, stop),
         )
 
     def to(self, device: torch.device) -> QuantizedTensor:
@@ -118,6 +157,8 @@ class QuantizedTensor:
             codes_NK=self.codes_NK.to(device),
             scales_NG=self.scales_NG.to(device),
             mins_NG=None if self.mins_NG is None else self.mins_NG.to(device),
+            coded_scales=None if self.coded_scales is None else self.coded_scales.to(device),
+            coded_mins=None if self.coded_mins is None else self.coded_mins.to(device),
         )
 
     @staticmethod
@@ -131,10 +172,15 @@ class QuantizedTensor:
             codes_NK=self.codes_NK.new_empty(num_rows, self.codes_NK.shape[1]),
             scales_NG=self.scales_NG.new_empty(num_rows, self.scales_NG.shape[1]),
             mins_NG=None if self.mins_NG is None else self.mins_NG.new_empty(num_rows, self.mins_NG.shape[1]),
+            coded_scales=None if self.coded_scales is None else self.coded_scales.empty(num_rows),
+            coded_mins=None if self.coded_mins is None else self.coded_mins.empty(num_rows),
         )
 
     def _tensors(self) -> list[Tensor]:
-        return [self.codes_NK, self.scales_NG, *([] if self.mins_NG is None else [self.mins_NG])]
+        parts: list[Tensor | None] = [self.codes_NK, self.scales_NG, self.mins_NG]
+        for coded in (self.coded_scales, self.coded_mins):
+            parts += [] if coded is None else [coded.codes_NG, coded.steps_NS]
+        return [part for part in parts if part is not None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,14 @@ class WeightType(IntEnum):
     INT8 = 8
 
 
+class ScaleType(IntEnum):
+    """How scales of groups are stored: as floats, or as 8-bit integers times a float16 per 256 columns."""
+
+    FLOAT16 = 0
+    FLOAT32 = 1
+    CODED = 2
+
+
 _WEIGHT_TYPES = {
     "torch.float32": WeightType.FLOAT32,
     "torch.bfloat16": WeightType.BFLOAT16,
@@ -58,7 +66,7 @@ class MatrixStruct(ctypes.Structure):
         ("group", c_int32),
         ("zero", c_int32),
         ("has_mins", c_int32),
-        ("wide_scales", c_int32),
+        ("scale_type", c_int32),
         ("quantize_inputs", c_int32),
         ("strips", c_void_p),
         ("strip_bytes", c_int64),

@@ -34,6 +34,23 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledCodes:
+    """Numbers per group that a block keeps as small integers times one float16: value = code * step.
+
+    Attributes:
+        codes: [..., G, 1], uint8 or int8, from -128 to 127.
+        step: [..., 1, 1], float32, each a float16.
+    """
+
+    codes: Tensor
+    step: Tensor
+
+    def values(self) -> Tensor:
+        """[..., G, 1], float32, exact."""
+        return self.codes * self.step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
     """Unpacked blocks: G groups of S elements per block share a scale; G * S is the block's number of elements.
 
@@ -41,11 +58,15 @@ class Codes:
         codes: [..., G, S], uint8 or int8.
         scale: [..., G, 1], float32.
         offset: [..., G, 1], float32, added after scaling; None if the codes are centred on zero.
+        coded_scale: What `scale` is the product of, in the K encodings.
+        coded_offset: What `offset` is the product of, in the K encodings that have one.
     """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None = None
+    coded_scale: ScaledCodes | None = None
+    coded_offset: ScaledCodes | None = None
 
 
 def dequantise(unpack: Callable[[Tensor], Codes], blocks: Tensor, out: Tensor) -> None:
@@ -89,19 +110,17 @@ def unpack_q8_0(blocks: Tensor) -> Codes:
 
 def unpack_q4_k(blocks: Tensor) -> Codes:
     """d[2] dmin[2] scales[12] qs[128]: 32 bytes of `qs` hold two groups, one in the low halves, one in the high."""
-    scale, offset = _k_scales(blocks)
     codes = _nibbles(blocks[..., 16:144].unflatten(-1, (4, 32)))
-    return Codes(codes=codes.flatten(-3, -2), scale=scale, offset=offset)
+    return _k_codes(codes.flatten(-3, -2), *_k_scales(blocks))
 
 
 def unpack_q5_k(blocks: Tensor) -> Codes:
     """As Q4_K, and bit g of `qh[i]` is the fifth bit of element i of group g."""
-    scale, offset = _k_scales(blocks)
     codes = _nibbles(blocks[..., 48:176].unflatten(-1, (4, 32))).flatten(-3, -2)
     high = blocks[..., 16:48]
     for group in range(8):
         codes[..., group, :].bitwise_or_(((high >> group) & 1) << 4)
-    return Codes(codes=codes, scale=scale, offset=offset)
+    return _k_codes(codes, *_k_scales(blocks))
 
 
 def unpack_q6_k(blocks: Tensor) -> Codes:
@@ -115,8 +134,8 @@ def unpack_q6_k(blocks: Tensor) -> Codes:
     for run in range(4):
         codes[..., run, :].bitwise_or_(((high >> (2 * run)) & 3) << 4)
     signed = codes.view(torch.int8).sub_(32).flatten(-3).unflatten(-1, (16, 16))
-    scales = blocks[..., 192:208].view(torch.int8).unsqueeze(-1).to(torch.float32)
-    return Codes(codes=signed, scale=scales.mul_(_float16(blocks, 208)))
+    scales = ScaledCodes(codes=blocks[..., 192:208].view(torch.int8).unsqueeze(-1), step=_float16(blocks, 208))
+    return _k_codes(signed, scales)
 
 
 UNPACKERS: Mapping[str, Callable[[Tensor], Codes]] = MappingProxyType(
@@ -153,8 +172,13 @@ def _fifth_bits(high: Tensor) -> Tensor:
     return high.unsqueeze(-1).bitwise_right_shift(shifts).bitwise_and_(1).bitwise_left_shift_(4).flatten(-2)
 
 
-def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and offsets of the 8 groups of Q4_K and Q5_K: float32 [..., 8, 1] each.
+def _k_codes(codes: Tensor, scale: ScaledCodes, offset: ScaledCodes | None = None) -> Codes:
+    offsets = None if offset is None else offset.values()
+    return Codes(codes=codes, scale=scale.values(), offset=offsets, coded_scale=scale, coded_offset=offset)
+
+
+def _k_scales(blocks: Tensor) -> tuple[ScaledCodes, ScaledCodes]:
+    """Scales and offsets of the 8 groups of Q4_K and Q5_K.
 
     12 bytes hold eight 6-bit scales and eight 6-bit minimums. Bytes 0–3 and 4–7 hold those of groups 0–3 in their low
     6 bits; bytes 8–11 hold the low 4 bits for groups 4–7 (scale in the low half, minimum in the high), whose upper 2
@@ -164,4 +188,5 @@ def _k_scales(blocks: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.cat((low_scale & 63, (rest & 15) | ((low_scale >> 6) << 4)), dim=-1)
     minimum = torch.cat((low_minimum & 63, (rest >> 4) | ((low_minimum >> 6) << 4)), dim=-1)
     d, dmin = _float16(blocks, 0), _float16(blocks, 2)
-    return scale.unsqueeze(-1) * d, (minimum.unsqueeze(-1) * dmin).neg_()
+    # ggml subtracts the minimums.
+    return ScaledCodes(codes=scale.unsqueeze(-1), step=d), ScaledCodes(codes=minimum.unsqueeze(-1), step=-dmin)

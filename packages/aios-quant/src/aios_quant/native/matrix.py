@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from aios_model.native.kernels import MatrixStruct, WeightType
+from aios_model.native.kernels import MatrixStruct, ScaleType, WeightType
 from aios_model.native.library import pointer
 from aios_model.native.threads import ThreadPool
 from aios_quant.kernel import Activation, Weight
@@ -91,21 +91,19 @@ class NativeMatrix:
         struct.type, struct.rows, struct.columns = weight.bits, rows, columns
         struct.group = 0 if by_row else weight.group_size
         struct.zero, struct.has_mins = weight.zero, weight.mins_NG is not None
-        struct.wide_scales = weight.scales_NG.dtype != torch.float16
+        struct.scale_type = _scale_type(weight)
         struct.quantize_inputs = quantize_inputs
         struct.strip_bytes = quant_function("aios_strip_bytes")(ctypes.byref(struct))
         if by_row:
             self._row_scales = _padded(weight.scales_NG.float().flatten(), rows)
             struct.row_scales = pointer(self._row_scales)
         strips = torch.zeros(_num_strips(rows) * struct.strip_bytes, dtype=torch.uint8)
-        scales = weight.scales_NG.contiguous()
-        mins = scales if weight.mins_NG is None else weight.mins_NG.to(scales.dtype).contiguous()
+        parts = [part if part is None else part.contiguous() for part in _scale_parts(weight)]
         quant_function("aios_pack")(
             self._pool.pointer,
             ctypes.byref(struct),
             pointer(weight.codes_NK.contiguous()),
-            pointer(scales),
-            pointer(mins),
+            *[None if part is None else pointer(part) for part in parts],
             pointer(strips),
         )
         return strips
@@ -179,6 +177,23 @@ class NativeLinear:
                 self._num_rows,
             )
         return out.to(x_TK.dtype)
+
+
+def _scale_type(weight: QuantizedTensor) -> ScaleType:
+    if weight.coded_scales is not None:
+        return ScaleType.CODED
+    return ScaleType.FLOAT16 if weight.scales_NG.dtype == torch.float16 else ScaleType.FLOAT32
+
+
+def _scale_parts(weight: QuantizedTensor) -> tuple[Tensor | None, ...]:
+    """Scales, minimums, and what both are multiplied with where they are coded."""
+    scales, mins = weight.coded_scales, weight.coded_mins
+    if scales is None:
+        floats = None if weight.mins_NG is None else weight.mins_NG.to(weight.scales_NG.dtype)
+        return weight.scales_NG, floats, None, None
+    if mins is None:
+        return scales.codes_NG, None, scales.steps_NS, None
+    return scales.codes_NG, mins.codes_NG, scales.steps_NS, mins.steps_NS
 
 
 def _num_strips(rows: int) -> int:

@@ -37,7 +37,7 @@ def quant_library() -> NativeLibrary:
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aios_strip_bytes": (c_int64, POINTER(MatrixStruct)),
-    "aios_pack": (None, c_void_p, POINTER(MatrixStruct), c_void_p, c_void_p, c_void_p, c_void_p),
+    "aios_pack": (None, c_void_p, POINTER(MatrixStruct), *[c_void_p] * 6),
     "aios_widen": (None, c_void_p, POINTER(MatrixStruct), c_void_p),
     "aios_linear": (None, c_void_p, POINTER(LinearStruct), c_void_p, c_int64, c_int64, c_void_p, c_int64),
     "aios_quantize_activations": (None, c_int32, c_int32, c_int32, c_void_p, c_int64, c_void_p, c_void_p),

@@ -2,7 +2,7 @@
 
 The blocks' layouts are described in `aios_model.weights.gguf_blocks`, whose unpackers do the work. Scales stay float16
 where a block stores them so; the K encodings multiply a block's float16 with a group's 6- or 8-bit integer, which needs
-float32 to be exact.
+float32 to be exact; the factors are kept beside the product.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from aios_model.weights.gguf_blocks import UNPACKERS, Codes
+from aios_model.weights.gguf_blocks import UNPACKERS, Codes, ScaledCodes
 from aios_model.weights.gguf_encodings import GGML_TYPES, BlockLayout
 from aios_model.weights.source import PIECE_ELEMENTS
-from aios_quant.quantized_tensor import QuantizedTensor, collect_rows
+from aios_quant.quantized_tensor import CodedScales, QuantizedTensor, collect_rows
 
 _LAYOUTS: Mapping[str, BlockLayout] = MappingProxyType({layout.name: layout for layout in GGML_TYPES.values()})
 
@@ -68,7 +68,15 @@ def _unpack(encoding: str, packed_NB: Tensor, layout: BlockLayout) -> QuantizedT
         group_size=group_size,
         scales_NG=unpacked.scale.flatten(1).to(scale_dtype),
         mins_NG=None if unpacked.offset is None else unpacked.offset.flatten(1).to(scale_dtype),
+        coded_scales=_coded(unpacked.coded_scale),
+        coded_mins=_coded(unpacked.coded_offset),
     )
+
+
+def _coded(scales: ScaledCodes | None) -> CodedScales | None:
+    if scales is None:
+        return None
+    return CodedScales(codes_NG=scales.codes.flatten(1).to(torch.int8), steps_NS=scales.step.flatten(1).half())
 
 
 def _unsigned(unpacked: Codes, zero: int) -> Tensor:

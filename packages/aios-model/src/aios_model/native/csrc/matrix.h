@@ -19,6 +19,12 @@ enum class WeightType : int32_t {
   kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFp8 = 3, kInt4 = 4, kInt5 = 5, kInt6 = 6, kInt8 = 8
 };
 
+// How the scales and minimums of groups are kept.
+enum class ScaleType : int32_t {
+  kFloat16 = 0, kFloat32 = 1,
+  kCoded = 2  // 8-bit integers times a float16 per 256 columns, as in GGUF's K encodings
+};
+
 // Mirrored by aios_model/native/kernels.py; C layout.
 struct Matrix {
   int32_t type;               // WeightType
@@ -26,7 +32,7 @@ struct Matrix {
   int32_t group;              // columns per scale; 0: one scale per row, in row_scales
   int32_t zero;               // subtracted from every code
   int32_t has_mins;           // groups carry a minimum beside their scale
-  int32_t wide_scales;        // scales and minimums are float32 instead of float16
+  int32_t scale_type;         // ScaleType
   int32_t quantize_inputs;    // activations become 8-bit integers (a8) or stay float32 (a16)
   const uint8_t* strips;
   int64_t strip_bytes;

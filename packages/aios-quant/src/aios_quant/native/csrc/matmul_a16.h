@@ -9,24 +9,17 @@ namespace aios {
 // scale * (code - zero) + min for a whole strip: out [K padded to a block][16 rows], as the format defines it.
 template <int bits>
 inline void widen_strip(const Matrix& w, const uint8_t* strip, int64_t index, float* out) {
-  const int64_t blocks = padded_columns(w) / kBlock, per_header = blocks_per_header(w);
-  const int64_t width = scale_bytes(w), set = width * (w.has_mins ? 2 : 1);
+  const int64_t blocks = padded_columns(w) / kBlock;
   const f32x16 zero = splat(static_cast<float>(w.zero));
-  f32x16 scale[2], min[2] = {splat(0.0f), splat(0.0f)};
-  scale[0] = scale[1] = w.group == 0 && w.row_scales ? load(w.row_scales + index * kLanes) : splat(1.0f);
+  GroupScales group;
+  if (w.group == 0)
+    group.scale[0] = group.scale[1] = w.row_scales ? load(w.row_scales + index * kLanes) : splat(1.0f);
   for (int64_t block = 0; block < blocks; ++block, strip += block_bytes(bits)) {
-    if (w.group != 0 && block % per_header == 0) {
-      for (int half = 0; half < 2; ++half) {
-        const uint8_t* at = strip + (w.group == 16 ? half * set : 0);
-        scale[half] = read_scales(w, at);
-        if (w.has_mins) min[half] = read_scales(w, at + width);
-      }
-      strip += header_bytes(w);
-    }
+    group.read(w, block, strip);
     bytes64 quads[kQuads];
     unpack_block<bits>(strip, quads);
     for (int q = 0; q < kQuads; ++q, out += 4 * kLanes) {
-      const f32x16 s = scale[q / 4], m = min[q / 4];
+      const f32x16 s = group.scale[q / 4], m = group.min[q / 4];
       store(out, add(mul(s, sub(byte_to_float<0>(quads[q]), zero)), m));
       store(out + kLanes, add(mul(s, sub(byte_to_float<1>(quads[q]), zero)), m));
       store(out + 2 * kLanes, add(mul(s, sub(byte_to_float<2>(quads[q]), zero)), m));

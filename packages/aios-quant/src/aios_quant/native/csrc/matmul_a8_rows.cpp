@@ -49,17 +49,12 @@ struct RowsKernel {
 
   // Steps of 32 columns or more: whole blocks.
   inline void run_blocks(const uint8_t* strip) {
-    const int64_t blocks = padded_columns(w) / kBlock, per_header = blocks_per_header(w);
+    const int64_t blocks = padded_columns(w) / kBlock, size = block_bytes(bits);
     const int per_step = x.step / kBlock;
-    const int64_t width = scale_bytes(w), size = block_bytes(bits);
-    f32x16 scales = splat(0.0f), mins = splat(0.0f);
+    GroupScales group;
     int step = 0;
     for (int64_t block = 0; block < blocks;) {
-      if (w.group != 0 && block % per_header == 0) {
-        scales = read_scales(w, strip);
-        if (w.has_mins) mins = read_scales(w, strip + width);
-        strip += header_bytes(w);
-      }
+      group.read(w, block, strip);
       i32x16 dots[tokens];
       start(dots, step);
       for (int b = 0; b < per_step && block < blocks; ++b, ++block, strip += size) {
@@ -68,24 +63,16 @@ struct RowsKernel {
         unpack_block<bits>(strip, quads);
         dot<0, kQuads>(dots, quads, static_cast<int>(block) * kBlock);
       }
-      finish(dots, step++, scales, mins);
+      finish(dots, step++, group.scale[0], group.min[0]);
     }
   }
 
   // Steps of 16 columns: half blocks, which share their scales unless groups are of 16 columns.
   inline void run_half_blocks(const uint8_t* strip) {
-    const int64_t blocks = padded_columns(w) / kBlock, per_header = blocks_per_header(w);
-    const int64_t width = scale_bytes(w), set = width * (w.has_mins ? 2 : 1);
-    f32x16 scales[2] = {splat(0.0f), splat(0.0f)}, mins[2] = {splat(0.0f), splat(0.0f)};
+    const int64_t blocks = padded_columns(w) / kBlock;
+    GroupScales group;
     for (int64_t block = 0; block < blocks; ++block, strip += block_bytes(bits)) {
-      if (w.group != 0 && block % per_header == 0) {
-        for (int half = 0; half < 2; ++half) {
-          const uint8_t* at = strip + (w.group == 16 ? half * set : 0);
-          scales[half] = read_scales(w, at);
-          if (w.has_mins) mins[half] = read_scales(w, at + width);
-        }
-        strip += header_bytes(w);
-      }
+      group.read(w, block, strip);
       for (int64_t line = 0; line < block_bytes(bits); line += 64) prefetch(strip + kStreamAhead + line);
       bytes64 quads[kQuads];
       unpack_block<bits>(strip, quads);
@@ -93,10 +80,10 @@ struct RowsKernel {
       i32x16 dots[tokens];
       start(dots, step);
       dot<0, kQuads / 2>(dots, quads, column);
-      finish(dots, step, scales[0], mins[0]);
+      finish(dots, step, group.scale[0], group.min[0]);
       start(dots, step + 1);
       dot<kQuads / 2, kQuads>(dots, quads, column + 16);
-      finish(dots, step + 1, scales[1], mins[1]);
+      finish(dots, step + 1, group.scale[1], group.min[1]);
     }
   }
 };

@@ -8,18 +8,10 @@ namespace {
 template <int bits>
 inline void unpack_strip(const Matrix& w, const Activations& x, const uint8_t* strip, uint8_t* codes, float* scales,
                          float* mins) {
-  const int64_t blocks = padded_columns(w) / kBlock, per_header = blocks_per_header(w);
-  const int64_t width = scale_bytes(w), set = width * (w.has_mins ? 2 : 1);
-  f32x16 scale[2], min[2];
+  const int64_t blocks = padded_columns(w) / kBlock;
+  GroupScales group;
   for (int64_t block = 0; block < blocks; ++block, strip += block_bytes(bits)) {
-    if (w.group != 0 && block % per_header == 0) {
-      for (int half = 0; half < 2; ++half) {
-        const uint8_t* at = strip + (w.group == 16 ? half * set : 0);
-        scale[half] = read_scales(w, at);
-        if (w.has_mins) min[half] = read_scales(w, at + width);
-      }
-      strip += header_bytes(w);
-    }
+    group.read(w, block, strip);
     bytes64 quads[kQuads];
     unpack_block<bits>(strip, quads);
 #pragma GCC unroll 8
@@ -29,8 +21,8 @@ inline void unpack_strip(const Matrix& w, const Activations& x, const uint8_t* s
     for (int column = 0; column < kBlock; column += 16) {
       const int64_t at = block * kBlock + column;
       if (at % x.step) continue;
-      store(scales + at / x.step * kLanes, scale[column / 16]);
-      if (w.has_mins) store(mins + at / x.step * kLanes, min[column / 16]);
+      store(scales + at / x.step * kLanes, group.scale[column / 16]);
+      if (w.has_mins) store(mins + at / x.step * kLanes, group.min[column / 16]);
     }
   }
   for (int64_t at = blocks * 512; at < 16LL * x.padded; at += 64) store_bytes(codes + at, splat_bytes(0));

@@ -34,12 +34,13 @@ void pack_row(const Matrix& w, uint8_t* strip, int lane, const uint8_t* codes) {
 
 AIOS_EXPORT int64_t aios_strip_bytes(const Matrix* w) { return packed_strip_bytes(*w); }
 
-// codes [N, K] one byte each; scales and mins [N, K / group], float16 or float32 as `wide_scales` says. `strips` is
-// zeroed memory of num_strips * strip_bytes.
+// codes [N, K] one byte each; scales and mins [N, K / group] of the matrix's scale type; where they are coded, steps and
+// min_steps [N, K / 256] float16. `strips` is zeroed memory of num_strips * strip_bytes.
 AIOS_EXPORT void aios_pack(void* pool, const Matrix* matrix, const uint8_t* codes, const uint8_t* scales,
-                           const uint8_t* mins, uint8_t* strips) {
+                           const uint8_t* mins, const uint16_t* steps, const uint16_t* min_steps, uint8_t* strips) {
   const Matrix& w = *matrix;
-  const int64_t width = w.wide_scales ? 4 : 2, groups = w.group ? w.columns / w.group : 0;
+  const int64_t width = scale_width(w), groups = w.group ? w.columns / w.group : 0;
+  const int64_t runs = has_coded_scales(w) ? w.columns / (kStepBlocks * kBlock) : 0;
   as_pool(pool).run([&](Team& team) {
     team.for_each(num_strips(w), [&](int64_t index) {
       uint8_t* strip = strips + index * w.strip_bytes;
@@ -47,9 +48,14 @@ AIOS_EXPORT void aios_pack(void* pool, const Matrix* matrix, const uint8_t* code
         const int64_t row = index * kLanes + lane;
         pack_row(w, strip, lane, codes + row * w.columns);
         for (int64_t g = 0; g < groups; ++g) {
-          uint8_t* at = scales_of(w, strip, static_cast<int>(g * w.group)) + lane * width;
+          uint8_t* at = scales_of(w, strip, g * w.group) + lane * width;
           std::memcpy(at, scales + (row * groups + g) * width, width);
           if (w.has_mins) std::memcpy(at + scale_bytes(w), mins + (row * groups + g) * width, width);
+        }
+        for (int64_t r = 0; r < runs; ++r) {
+          uint8_t* at = steps_of(w, strip, r) + lane * sizeof(uint16_t);
+          std::memcpy(at, steps + row * runs + r, sizeof(uint16_t));
+          if (w.has_mins) std::memcpy(at + kLanes * sizeof(uint16_t), min_steps + row * runs + r, sizeof(uint16_t));
         }
       }
     });

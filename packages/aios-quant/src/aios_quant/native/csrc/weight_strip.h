@@ -9,8 +9,9 @@
 //   6 bits   256 bytes as for 4 bits, then 2 x 64 bytes: bits 2q, 2q + 1 of byte i are the upper bits of quad q (q + 4)
 //
 // In front of each scale group (of 32 columns or more) stand its sixteen scales, then its sixteen minimums, if it has
-// any; groups of 16 columns stand in pairs, scales of both in front of the block they share. Whatever is read next is
-// next in memory: a product reads one stream per strip.
+// any; groups of 16 columns stand in pairs, scales of both in front of the block they share. Coded scales are bytes, and
+// in front of each 256 columns stand the sixteen float16 that they are multiplied with, then those of the minimums.
+// Whatever is read next is next in memory: a product reads one stream per strip.
 #pragma once
 
 #include <cstring>
@@ -19,30 +20,74 @@
 
 namespace aios {
 
-constexpr int kBlock = 32;  // columns
-constexpr int kQuads = 8;   // of a block
+constexpr int kBlock = 32;      // columns
+constexpr int kQuads = 8;       // of a block
+constexpr int kStepBlocks = 8;  // blocks whose coded scales share a step
 
 inline int64_t block_bytes(int bits) { return bits == 8 ? 512 : 256 + 64 * (bits - 4); }
-inline int64_t scale_bytes(const Matrix& w) { return w.wide_scales ? 64 : 32; }
+inline bool has_coded_scales(const Matrix& w) { return w.scale_type == static_cast<int32_t>(ScaleType::kCoded); }
+inline int64_t scale_width(const Matrix& w) {
+  return has_coded_scales(w) ? 1 : w.scale_type == static_cast<int32_t>(ScaleType::kFloat32) ? 4 : 2;
+}
+inline int64_t scale_bytes(const Matrix& w) { return kLanes * scale_width(w); }
 inline int64_t padded_columns(const Matrix& w) { return (w.columns + kBlock - 1) / kBlock * kBlock; }
 
-// Scales and minimums of the groups that begin with one block: one set, or two for groups of 16 columns.
-inline int64_t header_bytes(const Matrix& w) {
-  if (w.group == 0) return 0;
-  return scale_bytes(w) * (w.has_mins ? 2 : 1) * (w.group == 16 ? 2 : 1);
-}
+// Scales and minimums of one group.
+inline int64_t set_bytes(const Matrix& w) { return scale_bytes(w) * (w.has_mins ? 2 : 1); }
+// Of the groups that begin with one block: one set, or two for groups of 16 columns.
+inline int64_t header_bytes(const Matrix& w) { return w.group == 0 ? 0 : set_bytes(w) * (w.group == 16 ? 2 : 1); }
 inline int64_t blocks_per_header(const Matrix& w) {
   if (w.group == 0) return padded_columns(w) / kBlock;
   return w.group <= kBlock ? 1 : w.group / kBlock;
 }
-inline int64_t packed_strip_bytes(const Matrix& w) {
-  const int64_t blocks = padded_columns(w) / kBlock, per_header = blocks_per_header(w);
-  return blocks * block_bytes(w.type) + (blocks + per_header - 1) / per_header * header_bytes(w);
-}
+// What codes of scales, and of minimums, are multiplied with.
+inline int64_t steps_bytes(const Matrix& w) { return has_coded_scales(w) ? 2 * kLanes * (w.has_mins ? 2 : 1) : 0; }
 
-inline f32x16 read_scales(const Matrix& w, const uint8_t* p) {
-  return w.wide_scales ? load(reinterpret_cast<const float*>(p)) : load_f16(reinterpret_cast<const uint16_t*>(p));
+// Where the blocks from `block` on begin, with all that stands in front of the first of them.
+inline int64_t offset_of(const Matrix& w, int64_t block) {
+  const int64_t per_header = blocks_per_header(w);
+  return block * block_bytes(w.type) + (block + per_header - 1) / per_header * header_bytes(w) +
+         (block + kStepBlocks - 1) / kStepBlocks * steps_bytes(w);
 }
+inline int64_t packed_strip_bytes(const Matrix& w) { return offset_of(w, padded_columns(w) / kBlock); }
+
+// The scales of the group that a walk along a strip is in; of both groups of a block where they have 16 columns.
+class GroupScales {
+ public:
+  f32x16 scale[2], min[2];
+
+  GroupScales() {
+    for (int half = 0; half < 2; ++half) scale[half] = min[half] = splat(0.0f);
+    step_ = min_step_ = splat(0.0f);
+  }
+
+  // Reads what stands in front of `block`, if anything does, and moves `at` behind it.
+  void read(const Matrix& w, int64_t block, const uint8_t*& at) {
+    if (w.group == 0) return;
+    if (has_coded_scales(w) && block % kStepBlocks == 0) {
+      step_ = load_f16(reinterpret_cast<const uint16_t*>(at));
+      if (w.has_mins) min_step_ = load_f16(reinterpret_cast<const uint16_t*>(at) + kLanes);
+      at += steps_bytes(w);
+    }
+    if (block % blocks_per_header(w)) return;
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* set = at + (w.group == 16 ? half * set_bytes(w) : 0);
+      scale[half] = widen(w, set, step_);
+      if (w.has_mins) min[half] = widen(w, set + scale_bytes(w), min_step_);
+    }
+    at += header_bytes(w);
+  }
+
+ private:
+  static f32x16 widen(const Matrix& w, const uint8_t* p, f32x16 step) {
+    switch (static_cast<ScaleType>(w.scale_type)) {
+      case ScaleType::kCoded: return mul(load_i8(reinterpret_cast<const int8_t*>(p)), step);
+      case ScaleType::kFloat32: return load(reinterpret_cast<const float*>(p));
+      default: return load_f16(reinterpret_cast<const uint16_t*>(p));
+    }
+  }
+  f32x16 step_, min_step_;
+};
 
 // The eight quads of a block of `bits`-bit codes, one byte per code.
 template <int bits>
@@ -109,17 +154,23 @@ inline void pack_block(int bits, uint8_t* block, int row, const uint8_t codes[kB
   }
 }
 
-// Where a block's codes begin, behind the scales of its group.
+// Where a block's codes begin: right in front of the next block and of what stands in front of that.
 inline uint8_t* block_at(const Matrix& w, uint8_t* strip, int64_t block) {
-  return strip + block * block_bytes(w.type) + (block / blocks_per_header(w) + 1) * header_bytes(w);
+  const int64_t header = block % blocks_per_header(w) == 0 ? header_bytes(w) : 0;
+  const int64_t steps = block % kStepBlocks == 0 ? steps_bytes(w) : 0;
+  return strip + offset_of(w, block) + steps + header;
 }
 
 // Where the scales of the group of `column` stand; minimums follow scale_bytes behind.
-inline uint8_t* scales_of(const Matrix& w, uint8_t* strip, int column) {
-  const int64_t block = column / kBlock, per_header = blocks_per_header(w);
-  uint8_t* header = strip + block / per_header * (per_header * block_bytes(w.type) + header_bytes(w));
+inline uint8_t* scales_of(const Matrix& w, uint8_t* strip, int64_t column) {
+  const int64_t first = column / kBlock / blocks_per_header(w) * blocks_per_header(w);
   const int second = w.group == 16 ? column % kBlock / 16 : 0;
-  return header + second * scale_bytes(w) * (w.has_mins ? 2 : 1);
+  return block_at(w, strip, first) - header_bytes(w) + second * set_bytes(w);
+}
+
+// Where the steps of the coded scales of 256 columns stand; those of the minimums follow.
+inline uint8_t* steps_of(const Matrix& w, uint8_t* strip, int64_t index) {
+  return strip + offset_of(w, index * kStepBlocks);
 }
 
 }  // namespace aios
