@@ -26,7 +26,10 @@ Two layouts, of the same pages.
       values  numbers i and i + 16 of each whole 32 are a pair: 0 16 1 17 2 18 … 15 31, 32 48 …
 
 - int8: `number = code * scale`, with one scale per token and head, amax / 127, and
-  `code = round_half_even(x * (127 / amax))`.
+  `code = round_half_even(x * (127 / amax))`. Codes are kept in fours, which one instruction multiplies and adds:
+
+      keys    [X, K, C/16, Hp/4, 16, 4]    uint8, code + 128; Hp is H rounded up to four
+      values  [X, K, C/4, W, 4]            int8, four tokens side by side
 
 Both:
 
@@ -54,6 +57,9 @@ FIRST_BLOCK = 1
 LANES = 16
 """Tokens that stand side by side in the native layout."""
 
+FOUR = 4
+"""Codes that stand side by side for one lane in int8 pages: numbers of a key, tokens of the values."""
+
 MAX_NATIVE_HEAD_DIM = 1024
 
 NativeKvDtype = Literal["float32", "bfloat16", "int8"]
@@ -79,8 +85,8 @@ class NativeShapes:
     """Shapes of one layer's pool in the native layout.
 
     Attributes:
-        keys: [X, K, C/16, H, 16], or [X, K, C/16, H/2, 16, 2] for bfloat16.
-        values: [X, K, C, W].
+        keys: [X, K, C/16, H, 16]; [X, K, C/16, H/2, 16, 2] for bfloat16; [X, K, C/16, Hp/4, 16, 4] for int8.
+        values: [X, K, C, W]; [X, K, C/4, W, 4] for int8.
         scales: [X, K, C], twice; None unless int8.
     """
 
@@ -92,12 +98,22 @@ class NativeShapes:
 def native_shapes(spec: LayerSpec, *, dtype: NativeKvDtype, num_blocks: int, block_size: int) -> NativeShapes:
     """Shapes of one layer's pool that hands out `num_blocks` pages, in the native layout."""
     num_pages, heads, size = FIRST_BLOCK + num_blocks, spec.num_key_value_heads, spec.head_dim
-    key = (size // 2, LANES, 2) if dtype == "bfloat16" else (size, LANES)
+    key, value = (size, LANES), (block_size, value_width(size))
+    if dtype == "bfloat16":
+        key = (size // 2, LANES, 2)
+    elif dtype == "int8":
+        key = (key_width(size, dtype) // FOUR, LANES, FOUR)
+        value = (block_size // FOUR, value_width(size), FOUR)
     return NativeShapes(
         keys=(num_pages, heads, block_size // LANES, *key),
-        values=(num_pages, heads, block_size, value_width(size)),
+        values=(num_pages, heads, *value),
         scales=(num_pages, heads, block_size) if dtype == "int8" else None,
     )
+
+
+def key_width(head_dim: int, dtype: NativeKvDtype) -> int:
+    """Hp: numbers that one token's key of one head takes in the native layout."""
+    return num_blocks_for(head_dim, FOUR) * FOUR if dtype == "int8" else head_dim
 
 
 def value_width(head_dim: int) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from aios_kvcache.errors import PoolTooSmallError
 from aios_kvcache.host_memory import available_memory
-from aios_kvcache.layout import FIRST_BLOCK, NativeKvDtype, num_blocks_for, value_width
+from aios_kvcache.layout import FIRST_BLOCK, NativeKvDtype, key_width, num_blocks_for, value_width
 from aios_model.config import ModelConfig, check_context_length
 from aios_model.errors import ConfigError
 
@@ -114,11 +114,11 @@ def plan_pool(
 
 
 def native_kv_bytes_per_token(config: ModelConfig, dtype: NativeKvDtype) -> int:
-    """Bytes that one token takes in all layers of the native layout: padded values, and the scales of int8 included."""
+    """Bytes that one token takes in all layers of the native layout: padding and the scales of int8 included."""
     number = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
     scales = 2 * 4 if dtype == "int8" else 0
     return sum(
-        spec.num_key_value_heads * (number * (spec.head_dim + value_width(spec.head_dim)) + scales)
+        spec.num_key_value_heads * (number * (key_width(spec.head_dim, dtype) + value_width(spec.head_dim)) + scales)
         for spec in config.layers
     )
 

@@ -178,8 +178,8 @@ class NativeLayer:
         block_size: Tokens per page.
 
     Attributes:
-        keys: [X, K, C/16, H, 16], or [X, K, C/16, H/2, 16, 2] for bfloat16.
-        values: [X, K, C, W].
+        keys: [X, K, C/16, H, 16]; [X, K, C/16, H/2, 16, 2] for bfloat16; uint8 [X, K, C/16, Hp/4, 16, 4] for int8.
+        values: [X, K, C, W]; [X, K, C/4, W, 4] for int8.
         key_scales: [X, K, C] float32; None unless int8.
         value_scales: [X, K, C] float32; None unless int8.
         kv_pool: The same for C.
@@ -188,7 +188,8 @@ class NativeLayer:
     def __init__(self, spec: LayerSpec, *, dtype: NativeKvDtype, num_blocks: int, block_size: int) -> None:
         shapes = native_shapes(spec, dtype=dtype, num_blocks=num_blocks, block_size=block_size)
         kept = next(kept for kept, name in KV_DTYPES.items() if name == dtype)
-        self.keys, self.values = _zeros(shapes.keys, kept), _zeros(shapes.values, kept)
+        self.keys = _zeros(shapes.keys, torch.uint8 if dtype == "int8" else kept)
+        self.values = _zeros(shapes.values, kept)
         self.key_scales = None if shapes.scales is None else _zeros(shapes.scales, torch.float32)
         self.value_scales = None if shapes.scales is None else _zeros(shapes.scales, torch.float32)
         self.kv_pool = KvPool(

@@ -2,18 +2,38 @@
 // that share them; memory is the limit.
 #pragma once
 
-#include "attention_call.h"
+#include "coded_rows.h"
 
 namespace aios {
 
+// The heads of a group are taken in equal parts of at most kMaxRows: how many the part has that begins at head `done`.
+inline int rows_of_part(int group, int done) {
+  const int left = group - done, parts = (left + kMaxRows - 1) / kMaxRows;
+  return (left + parts - 1) / parts;
+}
+
 // Queries are scaled when they are laid out: [G, H].
-inline void scale_queries(const AttentionCall& call, int64_t row, int kv_head, float* out) {
-  const float* q = call.query(row, kv_head * call.group());  // the group's heads are neighbours
+inline void scale_queries(const AttentionCall& call, const float* q, float* out) {
   const int64_t count = static_cast<int64_t>(call.group()) * call.pool.head_dim;
-  const f32x16 scale = splat(call.scale);
+  const f32x16 scale = splat(call.log2_scale());
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, mul(load(q + i), scale));
-  for (; i < count; ++i) out[i] = q[i] * call.scale;
+  for (; i < count; ++i) out[i] = q[i] * call.log2_scale();
+}
+
+// Queries of int8 pages are laid out part by part.
+inline void code_queries(const AttentionCall& call, const float* q, const CodedQueries& out) {
+  const int head_dim = call.pool.head_dim;
+  for (int done = 0, rows; done < call.group(); done += rows) {
+    rows = rows_of_part(call.group(), done);
+    for (int g = done; g < done + rows; ++g) out.put(q + g * head_dim, head_dim, call.log2_scale(), g, done, rows);
+  }
+}
+
+inline void lay_out_group(const AttentionCall& call, int64_t row, int kv_head, float* out) {
+  const float* q = call.query(row, kv_head * call.group());  // the group's heads are neighbours
+  if (call.coded()) code_queries(call, q, CodedQueries(out, call.group(), call.pool.head_dim));
+  else scale_queries(call, q, out);
 }
 
 // scores [rows, kSegment] of the sixteens in `pages`.
@@ -43,27 +63,49 @@ inline void score_pages(int rows, const SegmentPages<type>& pages, const float* 
   }
 }
 
-// All query heads of the group over one segment: their partial results, `call.partial()` numbers apart. A group of more
-// than kMaxRows heads is taken in equal parts, which find the pages in the cache.
+// All query heads of the group over one segment: their partial results, `call.partial()` numbers apart. The parts of a
+// large group find the pages in the cache.
 template <KvType type>
 inline void decode_segment(const AttentionCall& call, const Segment& segment, const float* queries, float* scores,
                            float* partials) {
   const int head_dim = call.pool.head_dim, width = value_width(call.pool);
   const Range visible = call.visible(segment.sequence.start, segment.index);
   const SegmentPages<type> pages(call.pool, segment, visible);
-  for (int done = 0; done < call.group();) {
-    const int left = call.group() - done, parts = (left + kMaxRows - 1) / kMaxRows, rows = (left + parts - 1) / parts;
+  for (int done = 0, rows; done < call.group(); done += rows) {
+    rows = rows_of_part(call.group(), done);
     float* first = partials + done * call.partial();
     float largest[kMaxRows];
     score_pages<type>(rows, pages, queries + static_cast<int64_t>(done) * head_dim, head_dim, scores);
-    for (int r = 0; r < rows; ++r) largest[r] = mask_scores(scores + r * kSegment, visible, pages.scales_of_keys());
+    for (int r = 0; r < rows; ++r) largest[r] = largest_score(scores + r * kSegment, visible);
     for (int r = 0; r < rows; ++r) {
       const Partial partial{first + r * call.partial()};
-      weigh_scores(scores + r * kSegment, visible, visible, pages.scales_of_values(), largest[r], partial);
+      weigh_scores<false>(scores + r * kSegment, visible, visible.sixteens(), 1.0f, nullptr, largest[r], partial);
       clear_values(partial, width);
     }
     multiply_all_values<type, true>(rows, pages.runs, pages.num_runs(), width, scores, first + kLanes, call.partial());
-    done += rows;
+  }
+}
+
+template <>
+inline void decode_segment<KvType::kInt8>(const AttentionCall& call, const Segment& segment, const float* memory,
+                                          float* scores, float* partials) {
+  static_assert(kMaxRows == 4);
+  const Range visible = call.visible(segment.sequence.start, segment.index), tile = visible.sixteens();
+  const Range same[kMaxRows] = {visible, visible, visible, visible};
+  const CodedPages pages(call.pool, segment, visible);
+  const CodedQueries queries(const_cast<float*>(memory), call.group(), call.pool.head_dim);
+  for (int done = 0, rows; done < call.group(); done += rows) {
+    rows = rows_of_part(call.group(), done);
+    float* to = partials + done * call.partial();
+    const auto attend = [&]<int count>() {
+      attend_rows<count, key_vectors(count), true>(call, pages, tile, count, same, queries, done, scores, to);
+    };
+    switch (rows) {
+      case 1: attend.template operator()<1>(); break;
+      case 2: attend.template operator()<2>(); break;
+      case 3: attend.template operator()<3>(); break;
+      case 4: attend.template operator()<4>(); break;
+    }
   }
 }
 
@@ -81,22 +123,21 @@ struct DecodeScratch {
   float *queries, *scores, *fresh, *merged;
 
   DecodeScratch(const AttentionCall& call, float* memory) : queries(memory) {
-    scores = queries + round_up(static_cast<int64_t>(call.group()) * call.pool.head_dim, kLanes);
+    scores = queries + call.query_size(call.group());
     fresh = scores + kMaxRows * kSegment;
     merged = fresh + call.group() * call.partial();
   }
 
   // Numbers that it takes.
   static int64_t size(const AttentionCall& call) {
-    const int64_t queries = round_up(static_cast<int64_t>(call.group()) * call.pool.head_dim, kLanes);
-    return queries + kMaxRows * kSegment + 2 * call.group() * call.partial();
+    return call.query_size(call.group()) + kMaxRows * kSegment + 2 * call.group() * call.partial();
   }
 };
 
 // One new token and one kv head over one segment; somebody will merge the partial results.
 inline void decode_one_segment(const AttentionCall& call, const Segment& segment, float* memory, float* partials) {
   const DecodeScratch scratch(call, memory);
-  scale_queries(call, segment.sequence.first_row, segment.kv_head, scratch.queries);
+  lay_out_group(call, segment.sequence.first_row, segment.kv_head, scratch.queries);
   decode_segment(call, segment, scratch.queries, scratch.scores, partials);
 }
 
@@ -106,7 +147,7 @@ inline void decode(const AttentionCall& call, const Sequence& sequence, int kv_h
   const int width = value_width(call.pool), group = call.group();
   const auto fresh = [&](int g) { return Partial{scratch.fresh + g * call.partial()}; };
   const auto merged = [&](int g) { return Partial{scratch.merged + g * call.partial()}; };
-  scale_queries(call, sequence.first_row, kv_head, scratch.queries);
+  lay_out_group(call, sequence.first_row, kv_head, scratch.queries);
   for (int g = 0; g < group; ++g) clear(merged(g), width);
   for (int s = call.first_visible(sequence.start) / kSegment; s <= sequence.start / kSegment; ++s) {
     decode_segment(call, Segment{sequence, kv_head, s, s + 1}, scratch.queries, scratch.scores, scratch.fresh);

@@ -2,7 +2,7 @@
 // (some tokens times the query heads that share the kv head); arithmetic is the limit.
 #pragma once
 
-#include "attention_call.h"
+#include "coded_rows.h"
 
 namespace aios {
 
@@ -19,7 +19,7 @@ struct TileScratch {
 
   TileScratch(const AttentionCall& call, float* memory) : queries(memory) {
     const int64_t rows = tile_rows(call.group()), head_dim = call.pool.head_dim;
-    keys = queries + round_up(rows * head_dim, kLanes);
+    keys = queries + call.query_size(rows);
     values = keys + kTileVectors * kLanes * head_dim;
     scores = values + kValueSixteens * kLanes * value_width(call.pool);
     fresh = scores + rows * kSegment;
@@ -29,7 +29,7 @@ struct TileScratch {
   // Numbers that it takes.
   static int64_t size(const AttentionCall& call) {
     const int64_t rows = tile_rows(call.group()), head_dim = call.pool.head_dim;
-    return round_up(rows * head_dim, kLanes) + kTileVectors * kLanes * head_dim +
+    return call.query_size(rows) + kTileVectors * kLanes * head_dim +
            kValueSixteens * kLanes * value_width(call.pool) + rows * (kSegment + 2 * call.partial());
   }
 };
@@ -59,19 +59,22 @@ inline int rows_of_block(int64_t padded_rows, int64_t r) {
   return static_cast<int>(padded_rows - r < kTileRows ? padded_rows - r : kTileRows);
 }
 
-// Queries, scaled and turned round within blocks of rows; zeros where rows are padded.
+// Queries, scaled and turned round within blocks of rows, as numbers or as codes; zeros where rows are padded.
 inline void lay_out_queries(const AttentionCall& call, const Tile& tile, float* queries) {
   const int head_dim = call.pool.head_dim, group = call.group(), rows = tile.rows(call);
   const int64_t padded = round_up(rows, kRowStep);
+  const float scale = call.log2_scale();
+  const CodedQueries coded(queries, padded, head_dim);
   for (int64_t first = 0; first < padded; first += kTileRows) {
     const int count = rows_of_block(padded, first);
-    for (int r = 0; r < count; ++r) {
-      float* to = queries + first * head_dim + r;
-      const int64_t row = first + r;
+    for (int64_t row = first; row < first + count; ++row) {
       const float* from = row < rows ? call.query(tile.packed_row(tile.position(call, static_cast<int>(row))),
                                                   tile.kv_head * group + static_cast<int>(row % group))
                                      : nullptr;
-      for (int h = 0; h < head_dim; ++h) to[h * count] = from ? from[h] * call.scale : 0.0f;
+      float* to = queries + first * head_dim + row - first;
+      if (call.coded()) coded.put(from, head_dim, scale, row, first, count);
+      else
+        for (int h = 0; h < head_dim; ++h) to[h * count] = from ? from[h] * scale : 0.0f;
     }
   }
 }
@@ -161,26 +164,31 @@ inline void weigh_tile(const SegmentPages<type>& pages, const TileScratch& scrat
   }
 }
 
-// Scores become weights, block of rows by block. A row may see nothing of the segment, since it stands before it or its
-// window begins behind it; what it gets means nothing.
-template <KvType type>
-inline void soften_tile(const AttentionCall& call, const Tile& tile, int segment, const SegmentPages<type>& pages,
-                        Range all, const TileScratch& scratch, float* partials) {
+// What the rows from `first` to `end` of a tile see of a segment, and all that any of them sees. A row may see nothing,
+// since it stands before the segment or its window begins behind it; what it gets means nothing.
+inline Range visible_to(const AttentionCall& call, const Tile& tile, int segment, int first, int end, Range* visible) {
+  for (int r = first; r < end; ++r) {
+    Range& seen = visible[r - first];
+    seen = call.visible(tile.position(call, r), segment);
+    if (seen.empty()) seen = {0, 0};
+  }
+  return {call.visible(tile.position(call, first), segment).begin, call.visible(tile.position(call, end - 1), segment).end};
+}
+
+// Scores become weights, block of rows by block.
+inline void soften_tile(const AttentionCall& call, const Tile& tile, int segment, Range all, const TileScratch& scratch,
+                        float* partials) {
   const int rows = tile.rows(call);
   for (int first = 0; first < rows; first += kTileRows) {
     const int end = first + kTileRows < rows ? first + kTileRows : rows;
     float largest[kTileRows];
     Range visible[kTileRows];
-    for (int r = first; r < end; ++r) {
-      Range& seen = visible[r - first];
-      seen = call.visible(tile.position(call, r), segment);
-      if (seen.empty()) seen = {0, 0};
-      largest[r - first] = mask_scores(scratch.scores + r * kSegment, seen, pages.scales_of_keys());
-    }
+    visible_to(call, tile, segment, first, end, visible);
+    for (int r = first; r < end; ++r) largest[r - first] = largest_score(scratch.scores + r * kSegment, visible[r - first]);
     for (int r = first; r < end; ++r) {
       const Partial partial{partials + r * call.partial()};
-      weigh_scores(scratch.scores + r * kSegment, visible[r - first], all, pages.scales_of_values(), largest[r - first],
-                   partial);
+      weigh_scores<false>(scratch.scores + r * kSegment, visible[r - first], all.sixteens(), 1.0f, nullptr,
+                          largest[r - first], partial);
       clear_values(partial, value_width(call.pool));
     }
   }
@@ -193,8 +201,37 @@ inline void tile_segment(const AttentionCall& call, const Tile& tile, int segmen
   const Range all{call.visible(tile.begin, segment).begin, call.visible(tile.end - 1, segment).end};
   const SegmentPages<type> pages(call.pool, Segment{tile.sequence, tile.kv_head, segment, segment + 1}, all);
   score_tile<type>(pages, scratch, round_up(tile.rows(call), kRowStep), call.pool.head_dim);
-  soften_tile<type>(call, tile, segment, pages, all, scratch, partials);
+  soften_tile(call, tile, segment, all, scratch, partials);
   weigh_tile<type>(pages, scratch, tile.rows(call), value_width(call.pool), partials + kLanes, call.partial());
+}
+
+// Pages of int8 are not widened: a block of rows goes all the way before the next.
+template <>
+inline void tile_segment<KvType::kInt8>(const AttentionCall& call, const Tile& tile, int segment,
+                                        const TileScratch& scratch, float* partials) {
+  static_assert(kCodedRows == kTileRows);
+  const int rows = tile.rows(call);
+  const int64_t padded = round_up(rows, kRowStep);
+  const Range all{call.visible(tile.begin, segment).begin, call.visible(tile.end - 1, segment).end};
+  const CodedPages pages(call.pool, Segment{tile.sequence, tile.kv_head, segment, segment + 1}, all);
+  const CodedQueries queries(scratch.queries, padded, call.pool.head_dim);
+  for (int first = 0; first < rows; first += kTileRows) {
+    const int end = first + kTileRows < rows ? first + kTileRows : rows;
+    Range visible[kTileRows];
+    const Range seen = visible_to(call, tile, segment, first, end, visible).sixteens();
+    if (seen.empty()) continue;
+    const auto attend = [&]<int count>() {
+      attend_rows<count, kCodedSixteens, false>(call, pages, seen, end - first, visible, queries, first, scratch.scores,
+                                                partials + first * call.partial());
+    };
+    switch (rows_of_block(padded, first)) {
+      case 4: attend.template operator()<4>(); break;
+#if defined(AIOS_ISA_AVX512)
+      case 8: attend.template operator()<8>(); break;
+      case 12: attend.template operator()<12>(); break;
+#endif
+    }
+  }
 }
 
 inline void tile_segment(const AttentionCall& call, const Tile& tile, int segment, const TileScratch& scratch,

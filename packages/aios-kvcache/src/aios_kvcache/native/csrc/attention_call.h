@@ -17,12 +17,19 @@ struct AttentionCall {
   int64_t out_stride;
 
   int group() const { return num_heads / pool.num_kv_heads; }
+  bool coded() const { return static_cast<KvType>(pool.type) == KvType::kInt8; }
+  float log2_scale() const { return scale * kLog2E; }  // makes scores powers of two
   int64_t partial() const { return partial_size(value_width(pool)); }
   const float* query(int64_t row, int head) const {
     return q + row * q_stride + static_cast<int64_t>(head) * pool.head_dim;
   }
   float* output(int64_t row, int head) const {
     return out + row * out_stride + static_cast<int64_t>(head) * pool.head_dim;
+  }
+
+  // Floats that the queries of so many rows take once they are laid out: numbers, or codes and two more each.
+  int64_t query_size(int64_t rows) const {
+    return round_up(rows * (coded() ? round_up(pool.head_dim, 4) / 4 + 2 : pool.head_dim), kLanes);
   }
 
   // The first position that the token at `position` sees.
@@ -54,7 +61,7 @@ struct SegmentPages {
   int first, end;  // sixteens of the segment
 
   SegmentPages(const KvPool& pool, const Segment& segment, Range tokens)
-      : first(tokens.first_sixteen()), end(tokens.end_sixteen()) {
+      : first(tokens.sixteens().begin), end(tokens.sixteens().end) {
     for (int i = first; i < end; ++i) {
       const int64_t at = sixteen_at(pool, segment.sequence, segment.kv_head, segment.index * kSixteens + i);
       const int left = tokens.end - i * kLanes;
@@ -73,8 +80,6 @@ struct SegmentPages {
 
   int num_runs() const { return end - first; }
   int nearest(int sixteen) const { return sixteen < first ? first : sixteen < end ? sixteen : end - 1; }
-  const float* scales_of_keys() const { return type == KvType::kInt8 ? key_scales : nullptr; }
-  const float* scales_of_values() const { return type == KvType::kInt8 ? value_scales : nullptr; }
 
  private:
   static const Number* upcoming_keys(const KvPool& pool, const Segment& segment, int sixteen) {

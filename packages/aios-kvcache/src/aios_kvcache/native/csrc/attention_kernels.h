@@ -1,4 +1,4 @@
-// The two products of attention, with sums in registers: queries times keys, weights times values.
+// The two products of attention in floating point, with sums in registers: queries times keys, weights times values.
 //
 // Every number is one chain of FMAs in a fixed order: a score runs over the head from its first number to its last, an
 // output over the tokens in the order of the sequence. How many rows or vectors a call computes at once changes how
@@ -46,7 +46,7 @@ struct QueryColumns {
 template <int bytes>
 inline void prefetch_pair(const void* sixteen, int h) {
   const char* p = static_cast<const char*>(sixteen) + h * kLanes * bytes;
-  if (bytes > 1 || h % 4 == 0) prefetch(p);
+  prefetch(p);
   if constexpr (bytes > 2) prefetch(p + 64);
 }
 

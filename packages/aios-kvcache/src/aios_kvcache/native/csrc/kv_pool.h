@@ -10,6 +10,11 @@
 // BF16 is kept in pairs, because one 64-byte read, a shift and a mask then widen two vectors. Keys are
 // [X, K, C/16, H/2, 16, 2], with numbers 2i and 2i+1 of the head as a pair; in values, numbers i and i+16 of each whole
 // 32 are a pair.
+//
+// INT8 is kept in fours, which is what one instruction multiplies and adds (`dot4`):
+//
+//   keys    [X, K, C/16, Hp/4, 16, 4]   Hp = H rounded up to four; code + 128, since one operand has to be unsigned
+//   values  [X, K, C/4, W, 4]           four tokens side by side; codes with their sign, the weights have none
 #pragma once
 
 #include <cstddef>
@@ -53,9 +58,15 @@ inline int64_t sixteen_at(const KvPool& pool, const Sequence& sequence, int kv_h
   return (block * pool.num_kv_heads + kv_head) * per_block + sixteen % per_block;
 }
 
+// Numbers that the keys of one sixteen take.
+inline int64_t key_size(const KvPool& pool) {
+  const bool fours = static_cast<KvType>(pool.type) == KvType::kInt8;
+  return (fours ? round_up(pool.head_dim, 4) : pool.head_dim) * kLanes;
+}
+
 template <class Number>
 inline Number* keys_at(const KvPool& pool, int64_t at) {
-  return static_cast<Number*>(pool.keys) + at * pool.head_dim * kLanes;
+  return static_cast<Number*>(pool.keys) + at * key_size(pool);
 }
 template <class Number>
 inline Number* values_at(const KvPool& pool, int64_t at) {
@@ -84,16 +95,7 @@ struct Storage<KvType::kFloat32> {
 
 template <>
 struct Storage<KvType::kInt8> {
-  using Number = int8_t;
-  static void key_pair(const int8_t* sixteen, int h, f32x16& even, f32x16& odd) {
-    even = load_i8(sixteen + h * kLanes);
-    odd = load_i8(sixteen + (h + 1) * kLanes);
-  }
-  template <int vectors>
-  static void values(const int8_t* token, f32x16 (&out)[vectors]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < vectors; ++i) out[i] = load_i8(token + i * kLanes);
-  }
+  using Number = int8_t;  // read four at a time, see integer_kernels.h
 };
 
 // Sixteen pairs of BF16, apart: the first of each, and the second of each.

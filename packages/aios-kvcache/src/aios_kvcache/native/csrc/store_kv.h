@@ -1,34 +1,13 @@
 // New tokens' keys and values, rounded or quantised, into their pages.
 #pragma once
 
-#include <cmath>
 #include <cstring>
 
 #include "kv_pool.h"
 #include "pool.h"
+#include "quantize_head.h"
 
 namespace aios {
-
-constexpr int kMaxHeadDim = 1024;
-
-// What is smaller than this everywhere counts as zero: 127 / amax would overflow.
-constexpr float kSmallestAmax = 1e-30f;
-
-// Sixteen numbers of p, zeros where the head has ended.
-inline f32x16 load_part(const float* p, int left) { return left >= kLanes ? load(p) : load_first(p, left); }
-
-// One head of one token: code = round_half_even(x * (127 / amax)). Returns the scale, amax / 127. NaN and infinity make
-// the scale so, and thereby every score that uses it.
-inline float quantize_head(const float* x, int head_dim, int8_t* codes) {
-  f32x16 top = splat(0.0f);
-  for (int i = 0; i < head_dim; i += kLanes) top = max_magnitude(top, load_part(x + i, head_dim - i));
-  const float amax = largest_magnitude(top);
-  const bool zero = amax < kSmallestAmax;
-  const f32x16 inverse = splat(zero ? 0.0f : 127.0f / amax);
-  for (int i = 0; i < head_dim; i += kLanes)
-    store_low_bytes(codes + i, round_to_int(mul(load_part(x + i, head_dim - i), inverse)));
-  return zero ? 0.0f : amax / 127.0f;
-}
 
 inline void round_head(const float* x, int head_dim, uint16_t* out) {
   for (int i = 0; i < head_dim; i += kLanes) store_bf16(out + i, load_part(x + i, head_dim - i));
@@ -62,11 +41,17 @@ inline void store_head_bf16(const KvPool& pool, int64_t at, int lane, const floa
 inline void store_head_int8(const KvPool& pool, int64_t at, int lane, const float* k, const float* v) {
   int8_t codes[kMaxHeadDim];
   pool.key_scales[at * kLanes + lane] = quantize_head(k, pool.head_dim, codes);
-  int8_t* keys = keys_at<int8_t>(pool, at) + lane;
-  for (int h = 0; h < pool.head_dim; ++h) keys[h * kLanes] = codes[h];
-  const int64_t width = value_width(pool);
+  uint8_t* keys = keys_at<uint8_t>(pool, at) + 4 * lane;
+  for (int h = 0; h < pool.head_dim; h += 4) {
+    uint32_t quad;
+    std::memcpy(&quad, codes + h, sizeof quad);
+    quad ^= 0x80808080u;  // each code + 128
+    std::memcpy(keys + h * kLanes, &quad, sizeof quad);
+  }
+  const int width = value_width(pool);
   pool.value_scales[at * kLanes + lane] = quantize_head(v, pool.head_dim, codes);
-  std::memcpy(values_at<int8_t>(pool, at) + lane * width, codes, width);
+  int8_t* values = values_at<int8_t>(pool, at) + lane / 4 * 4 * width + lane % 4;
+  for (int h = 0; h < width; ++h) values[4 * h] = codes[h];
 }
 
 // One token's key and value of one kv head (k and v point to that head) into the slot of its position. Two threads may
