@@ -4,13 +4,15 @@ Work is measured on the shape of the bundled model (9 query heads, 3 kv heads of
 per layer, as in the model: every layer has pages of its own, so nothing stays in a near cache from step to step. Limits
 and work take turns; figures are medians of the repeats, with the fastest beside them.
 
-    uv run python benchmarks/attention_kernel.py                        # about a minute
+    uv run python benchmarks/attention_kernel.py                        # about three minutes
+    uv run python benchmarks/attention_kernel.py --threads 2 --kept int8 --works "prompt 512" "decode 32 x 192"
     uv run python benchmarks/attention_kernel.py --threads 1 --heads 32 8 128 --layers 4 --torch
 
 Rows:
     decode 4096      one sequence, one new token at 4,096 tokens of context: limited by reading
-    decode 32 x 256  32 sequences at 256 tokens: more arithmetic for the same bytes
+    decode 32 x 256  32 sequences at 256 tokens, and at 192: more arithmetic for the same bytes
     prefill 256      a chunk of 256 tokens that ends at 4,096: limited by arithmetic
+    prompt 4096      a whole prompt, and one of 512 tokens
 and what the host prepares once per step.
 """
 
@@ -73,7 +75,10 @@ def pieces(tables: list[list[int]], start: int, end: int) -> list[SequenceSlice]
 WORKS = (
     Work(name="decode 4096", sequences=1, context=4096, new=1),
     Work(name="decode 32 x 256", sequences=32, context=256, new=1),
+    Work(name="decode 32 x 192", sequences=32, context=192, new=1),
     Work(name="prefill 256", sequences=1, context=4096, new=256),
+    Work(name="prompt 512", sequences=1, context=512, new=512),
+    Work(name="prompt 4096", sequences=1, context=4096, new=4096),
 )
 
 
@@ -187,6 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--kept", nargs="+", default=["bfloat16", "int8", "float32"], choices=list(KV_DTYPES.values()))
+    names = [work.name for work in WORKS]
+    parser.add_argument("--works", nargs="+", default=names, choices=names)
     parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], metavar=("QUERY", "KV", "SIZE"))
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3)
@@ -202,7 +209,7 @@ def main() -> None:
     rows = []
     for threads in arguments.threads:
         get_pool(threads)
-        for work in WORKS:
+        for work in (work for work in WORKS if work.name in arguments.works):
             for kept in [*arguments.kept, *(["torch"] if arguments.torch else [])]:
                 rows.append(measure(work, config, kept, threads, arguments.repeats))
                 print_row(rows[-1])

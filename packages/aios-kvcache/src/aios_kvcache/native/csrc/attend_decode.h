@@ -44,9 +44,9 @@ inline void score_pages(const SegmentPages<type>& pages, const float* queries, i
     const typename Storage<type>::Number* keys[vectors];
     const void* next[vectors];
     for (int v = 0; v < vectors; ++v) {
-      const int sixteen = i + v, ahead = sixteen + vectors;
-      keys[v] = pages.keys[pages.nearest(sixteen)];  // a neighbour's scores, computed once more, are ignored
-      next[v] = ahead < pages.end ? pages.keys[pages.nearest(ahead)] : pages.runs[v % pages.num_runs()].values;
+      const int sixteen = pages.nearest(i + v);  // a neighbour's scores, computed once more, are ignored
+      keys[v] = pages.keys[sixteen];
+      next[v] = pages.values(sixteen);
     }
     multiply_keys<type, rows, vectors>(keys, next, QueryRows{queries, head_dim}, head_dim, scores + i * kLanes);
   }
@@ -66,11 +66,11 @@ inline void score_pages(int rows, const SegmentPages<type>& pages, const float* 
 // All query heads of the group over one segment: their partial results, `call.partial()` numbers apart. The parts of a
 // large group find the pages in the cache.
 template <KvType type>
-inline void decode_segment(const AttentionCall& call, const Segment& segment, const float* queries, float* scores,
-                           float* partials) {
+inline void decode_segment(const AttentionCall& call, const Segment& segment, const Segment& upcoming,
+                           const float* queries, float* scores, float* partials) {
   const int head_dim = call.pool.head_dim, width = value_width(call.pool);
-  const Range visible = call.visible(segment.sequence.start, segment.index);
-  const SegmentPages<type> pages(call.pool, segment, visible);
+  const Range visible = call.visible(segment.sequence->start, segment.index);
+  const SegmentPages<type> pages(call.pool, segment, visible, upcoming);
   for (int done = 0, rows; done < call.group(); done += rows) {
     rows = rows_of_part(call.group(), done);
     float* first = partials + done * call.partial();
@@ -87,18 +87,18 @@ inline void decode_segment(const AttentionCall& call, const Segment& segment, co
 }
 
 template <>
-inline void decode_segment<KvType::kInt8>(const AttentionCall& call, const Segment& segment, const float* memory,
-                                          float* scores, float* partials) {
+inline void decode_segment<KvType::kInt8>(const AttentionCall& call, const Segment& segment, const Segment& upcoming,
+                                          const float* memory, float* scores, float* partials) {
   static_assert(kMaxRows == 4);
-  const Range visible = call.visible(segment.sequence.start, segment.index), tile = visible.sixteens();
+  const Range visible = call.visible(segment.sequence->start, segment.index), tile = visible.sixteens();
   const Range same[kMaxRows] = {visible, visible, visible, visible};
-  const CodedPages pages(call.pool, segment, visible);
+  const CodedPages pages(call.pool, segment, visible, upcoming);
   const CodedQueries queries(const_cast<float*>(memory), call.group(), call.pool.head_dim);
   for (int done = 0, rows; done < call.group(); done += rows) {
     rows = rows_of_part(call.group(), done);
     float* to = partials + done * call.partial();
     const auto attend = [&]<int count>() {
-      attend_rows<count, key_vectors(count), true>(call, pages, tile, count, same, queries, done, scores, to);
+      attend_rows<count, coded_sixteens(count), true>(call, pages, tile, count, same, queries, done, scores, to);
     };
     switch (rows) {
       case 1: attend.template operator()<1>(); break;
@@ -109,12 +109,15 @@ inline void decode_segment<KvType::kInt8>(const AttentionCall& call, const Segme
   }
 }
 
-inline void decode_segment(const AttentionCall& call, const Segment& segment, const float* queries, float* scores,
-                           float* partials) {
+inline void decode_segment(const AttentionCall& call, const Segment& segment, const Segment& upcoming,
+                           const float* queries, float* scores, float* partials) {
+  const auto decode = [&]<KvType type>() {
+    decode_segment<type>(call, segment, upcoming, queries, scores, partials);
+  };
   switch (static_cast<KvType>(call.pool.type)) {
-    case KvType::kBFloat16: return decode_segment<KvType::kBFloat16>(call, segment, queries, scores, partials);
-    case KvType::kInt8: return decode_segment<KvType::kInt8>(call, segment, queries, scores, partials);
-    default: return decode_segment<KvType::kFloat32>(call, segment, queries, scores, partials);
+    case KvType::kBFloat16: return decode.template operator()<KvType::kBFloat16>();
+    case KvType::kInt8: return decode.template operator()<KvType::kInt8>();
+    default: return decode.template operator()<KvType::kFloat32>();
   }
 }
 
@@ -135,26 +138,40 @@ struct DecodeScratch {
 };
 
 // One new token and one kv head over one segment; somebody will merge the partial results.
-inline void decode_one_segment(const AttentionCall& call, const Segment& segment, float* memory, float* partials) {
+inline void decode_one_segment(const AttentionCall& call, const Segment& segment, const Segment& upcoming,
+                               float* memory, float* partials) {
   const DecodeScratch scratch(call, memory);
-  lay_out_group(call, segment.sequence.first_row, segment.kv_head, scratch.queries);
-  decode_segment(call, segment, scratch.queries, scratch.scores, partials);
+  lay_out_group(call, segment.sequence->first_row, segment.kv_head, scratch.queries);
+  decode_segment(call, segment, upcoming, scratch.queries, scratch.scores, partials);
 }
 
-// One new token and one kv head over the whole context.
-inline void decode(const AttentionCall& call, const Sequence& sequence, int kv_head, float* memory) {
+// One new token and one kv head over the whole context; then comes `upcoming`.
+inline void decode(const AttentionCall& call, const Sequence& sequence, int kv_head, const Segment& upcoming,
+                   float* memory) {
   const DecodeScratch scratch(call, memory);
-  const int width = value_width(call.pool), group = call.group();
+  const int width = value_width(call.pool), group = call.group(), last = sequence.start / kSegment;
   const auto fresh = [&](int g) { return Partial{scratch.fresh + g * call.partial()}; };
   const auto merged = [&](int g) { return Partial{scratch.merged + g * call.partial()}; };
   lay_out_group(call, sequence.first_row, kv_head, scratch.queries);
-  for (int g = 0; g < group; ++g) clear(merged(g), width);
-  for (int s = call.first_visible(sequence.start) / kSegment; s <= sequence.start / kSegment; ++s) {
-    decode_segment(call, Segment{sequence, kv_head, s, s + 1}, scratch.queries, scratch.scores, scratch.fresh);
-    for (int g = 0; g < group; ++g) merge(merged(g), fresh(g), width);
+  const int first = call.first_visible(sequence.start) / kSegment;
+  for (int s = first; s <= last; ++s) {
+    const Segment next = s < last ? Segment{&sequence, kv_head, s + 1} : upcoming;
+    float* partials = s == first ? scratch.merged : scratch.fresh;
+    decode_segment(call, Segment{&sequence, kv_head, s}, next, scratch.queries, scratch.scores, partials);
+    for (int g = 0; g < group && s > first; ++g) merge(merged(g), fresh(g), width);
   }
   for (int g = 0; g < group; ++g)
     finish(merged(g), call.pool.head_dim, call.output(sequence.first_row, kv_head * group + g));
+}
+
+// One new token and all kv heads; then comes the sequence `next`.
+inline void decode_all_heads(const AttentionCall& call, const Sequence& sequence, const Sequence& next, float* memory) {
+  const int heads = call.pool.num_kv_heads;
+  for (int h = 0; h < heads; ++h) {
+    const Sequence& then = h + 1 < heads ? sequence : next;
+    const Segment upcoming{&then, (h + 1) % heads, call.first_visible(then.start) / kSegment};
+    decode(call, sequence, h, upcoming, memory);
+  }
 }
 
 }  // namespace aios

@@ -44,6 +44,7 @@ struct Tile {
     begin = of.start + index * tokens;
     end = begin + tokens < last ? begin + tokens : last;
   }
+  Segment at(int segment) const { return {&sequence, kv_head, segment}; }
   int rows(const AttentionCall& call) const { return (end - begin) * call.group(); }
   // Row r is one query head of one token.
   int position(const AttentionCall& call, int r) const { return begin + r / call.group(); }
@@ -172,7 +173,8 @@ inline Range visible_to(const AttentionCall& call, const Tile& tile, int segment
     seen = call.visible(tile.position(call, r), segment);
     if (seen.empty()) seen = {0, 0};
   }
-  return {call.visible(tile.position(call, first), segment).begin, call.visible(tile.position(call, end - 1), segment).end};
+  const int last = tile.position(call, end - 1);
+  return {call.visible(tile.position(call, first), segment).begin, call.visible(last, segment).end};
 }
 
 // Scores become weights, block of rows by block.
@@ -184,7 +186,8 @@ inline void soften_tile(const AttentionCall& call, const Tile& tile, int segment
     float largest[kTileRows];
     Range visible[kTileRows];
     visible_to(call, tile, segment, first, end, visible);
-    for (int r = first; r < end; ++r) largest[r - first] = largest_score(scratch.scores + r * kSegment, visible[r - first]);
+    for (int r = first; r < end; ++r)
+      largest[r - first] = largest_score(scratch.scores + r * kSegment, visible[r - first]);
     for (int r = first; r < end; ++r) {
       const Partial partial{partials + r * call.partial()};
       weigh_scores<false>(scratch.scores + r * kSegment, visible[r - first], all.sixteens(), 1.0f, nullptr,
@@ -199,7 +202,7 @@ template <KvType type>
 inline void tile_segment(const AttentionCall& call, const Tile& tile, int segment, const TileScratch& scratch,
                          float* partials) {
   const Range all{call.visible(tile.begin, segment).begin, call.visible(tile.end - 1, segment).end};
-  const SegmentPages<type> pages(call.pool, Segment{tile.sequence, tile.kv_head, segment, segment + 1}, all);
+  const SegmentPages<type> pages(call.pool, tile.at(segment), all, tile.at(segment + 1));
   score_tile<type>(pages, scratch, round_up(tile.rows(call), kRowStep), call.pool.head_dim);
   soften_tile(call, tile, segment, all, scratch, partials);
   weigh_tile<type>(pages, scratch, tile.rows(call), value_width(call.pool), partials + kLanes, call.partial());
@@ -213,7 +216,7 @@ inline void tile_segment<KvType::kInt8>(const AttentionCall& call, const Tile& t
   const int rows = tile.rows(call);
   const int64_t padded = round_up(rows, kRowStep);
   const Range all{call.visible(tile.begin, segment).begin, call.visible(tile.end - 1, segment).end};
-  const CodedPages pages(call.pool, Segment{tile.sequence, tile.kv_head, segment, segment + 1}, all);
+  const CodedPages pages(call.pool, tile.at(segment), all, tile.at(segment + 1));
   const CodedQueries queries(scratch.queries, padded, call.pool.head_dim);
   for (int first = 0; first < rows; first += kTileRows) {
     const int end = first + kTileRows < rows ? first + kTileRows : rows;
@@ -258,11 +261,15 @@ inline void prefill(const AttentionCall& call, const Tile& tile, float* memory) 
   const auto fresh = [&](int r) { return Partial{scratch.fresh + r * call.partial()}; };
   const auto merged = [&](int r) { return Partial{scratch.merged + r * call.partial()}; };
   lay_out_queries(call, tile, scratch.queries);
-  for (int r = 0; r < rows; ++r) clear(merged(r), width);
-  for (int s = call.first_visible(tile.begin) / kSegment; s <= (tile.end - 1) / kSegment; ++s) {
+  const int first = call.first_visible(tile.begin) / kSegment;
+  const auto sees = [&](int r, int segment) { return !call.visible(tile.position(call, r), segment).empty(); };
+  tile_segment(call, tile, first, scratch, scratch.merged);
+  for (int r = 0; r < rows; ++r)
+    if (!sees(r, first)) clear(merged(r), width);
+  for (int s = first + 1; s <= (tile.end - 1) / kSegment; ++s) {
     tile_segment(call, tile, s, scratch, scratch.fresh);
     for (int r = 0; r < rows; ++r)
-      if (!call.visible(tile.position(call, r), s).empty()) merge(merged(r), fresh(r), width);
+      if (sees(r, s)) merge(merged(r), fresh(r), width);
   }
   for (int r = 0; r < rows; ++r)
     finish(merged(r), call.pool.head_dim,

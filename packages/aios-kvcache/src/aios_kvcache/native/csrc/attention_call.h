@@ -42,16 +42,15 @@ struct AttentionCall {
   }
 };
 
-// The part of a sequence's context that is computed in one go, for one kv head. `upcoming` is the segment that the
-// thread will probably read when it is done with this one; any value will do, since it is only a hint.
+// The part of a sequence's context that is computed in one go, for one kv head.
 struct Segment {
-  const Sequence& sequence;
-  int kv_head, index, upcoming;
+  const Sequence* sequence;
+  int kv_head, index;
 };
 
-constexpr int kRunsAhead = 4;  // sixteens of values that are asked for before they are read
-
-// Where the sixteens of `tokens` in a segment lie.
+// Where the sixteens of `tokens` in a segment lie. While keys are read the values are asked for, and during those the
+// keys of `upcoming`, the segment that the thread will probably read next: memory takes longer to answer than the next
+// few pages to read. Any segment will do, since it is only a hint.
 template <KvType type>
 struct SegmentPages {
   using Number = typename Storage<type>::Number;
@@ -60,32 +59,33 @@ struct SegmentPages {
   float key_scales[kSegment], value_scales[kSegment];
   int first, end;  // sixteens of the segment
 
-  SegmentPages(const KvPool& pool, const Segment& segment, Range tokens)
+  SegmentPages(const KvPool& pool, const Segment& segment, Range tokens, const Segment& upcoming)
       : first(tokens.sixteens().begin), end(tokens.sixteens().end) {
     for (int i = first; i < end; ++i) {
-      const int64_t at = sixteen_at(pool, segment.sequence, segment.kv_head, segment.index * kSixteens + i);
+      const int64_t at = sixteen_at(pool, *segment.sequence, segment.kv_head, segment.index * kSixteens + i);
+      const int64_t ahead = upcoming_sixteen(pool, upcoming, i - first);
       const int left = tokens.end - i * kLanes;
       keys[i] = keys_at<Number>(pool, at);
-      runs[i - first] = {values_at<Number>(pool, at), i * kLanes, left < kLanes ? left : kLanes, nullptr};
+      runs[i - first] = {values_at<Number>(pool, at), i * kLanes, left < kLanes ? left : kLanes,
+                         keys_at<Number>(pool, ahead)};
       if constexpr (type == KvType::kInt8) {
         store(key_scales + i * kLanes, load(pool.key_scales + at * kLanes));
         store(value_scales + i * kLanes, load(pool.value_scales + at * kLanes));
+        prefetch_once(pool.key_scales + ahead * kLanes);
+        prefetch_once(pool.value_scales + ahead * kLanes);
       }
-    }
-    for (int i = 0; i < num_runs(); ++i) {
-      const int ahead = i + kRunsAhead;
-      runs[i].next = ahead < num_runs() ? runs[ahead].values : upcoming_keys(pool, segment, ahead - num_runs());
     }
   }
 
   int num_runs() const { return end - first; }
-  int nearest(int sixteen) const { return sixteen < first ? first : sixteen < end ? sixteen : end - 1; }
+  int nearest(int sixteen) const { return Range{first, end}.nearest(sixteen); }
+  const Number* values(int sixteen) const { return runs[sixteen - first].values; }
 
  private:
-  static const Number* upcoming_keys(const KvPool& pool, const Segment& segment, int sixteen) {
-    const int last = (segment.sequence.start + segment.sequence.length - 1) / kLanes;
-    const int wanted = (segment.upcoming < 0 ? 0 : segment.upcoming) * kSixteens + sixteen;
-    return keys_at<Number>(pool, sixteen_at(pool, segment.sequence, segment.kv_head, wanted < last ? wanted : last));
+  static int64_t upcoming_sixteen(const KvPool& pool, const Segment& upcoming, int sixteen) {
+    const int last = (upcoming.sequence->start + upcoming.sequence->length - 1) / kLanes;
+    const int wanted = (upcoming.index < 0 ? 0 : upcoming.index) * kSixteens + sixteen;
+    return sixteen_at(pool, *upcoming.sequence, upcoming.kv_head, wanted < last ? wanted : last);
   }
 };
 

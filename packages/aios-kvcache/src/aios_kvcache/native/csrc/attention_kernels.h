@@ -46,8 +46,8 @@ struct QueryColumns {
 template <int bytes>
 inline void prefetch_pair(const void* sixteen, int h) {
   const char* p = static_cast<const char*>(sixteen) + h * kLanes * bytes;
-  prefetch(p);
-  if constexpr (bytes > 2) prefetch(p + 64);
+  prefetch_once(p);
+  if constexpr (bytes > 2) prefetch_once(p + 64);
 }
 
 // scores[r * kSegment + 16 * v + lane] = query r times key `lane` of sixteen v. While keys are read, as many bytes at
@@ -114,7 +114,7 @@ inline void multiply_values(const ValueRun<typename Storage<type>::Number>* runs
       Storage<type>::values(values + static_cast<int64_t>(j) * width, value);
 #pragma GCC unroll 8
       for (int byte = 0; byte < kBytes && prefetching; byte += 64)
-        prefetch(next + static_cast<int64_t>(j) * width * sizeof *values + byte);
+        prefetch_once(next + static_cast<int64_t>(j) * width * sizeof *values + byte);
 #pragma GCC unroll 12
       for (int r = 0; r < rows; ++r) {
         const f32x16 weight = splat(p[r * kSegment + j]);

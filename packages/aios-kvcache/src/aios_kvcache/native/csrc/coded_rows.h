@@ -14,7 +14,8 @@ namespace aios {
 
 constexpr float kLargestWeight = 65535.0f;
 
-// Queries of a number of rows, laid out in blocks of rows: where they lie in memory. They take `AttentionCall::query_size`.
+// Queries of a number of rows, laid out in blocks of rows: where they lie in memory, of which they take
+// `AttentionCall::query_size`.
 struct CodedQueries {
   int64_t rows, row_bytes;  // Hp
   int8_t* codes;            // of each block [Hp/4, rows, 4]
@@ -29,16 +30,15 @@ struct CodedQueries {
 
   // Row number `row`, in the block of `count` rows that begins at `first`; zeros if q is null.
   void put(const float* q, int head_dim, float scale, int64_t row, int64_t first, int count) const {
-    int8_t head[kMaxHeadDim];
-    factors[row] = q ? quantize_head(q, head_dim, head) * scale : 0.0f;
+    int8_t head[kMaxHeadDim + 64];
     if (!q) std::memset(head, 0, row_bytes);
+    store_bytes(head + round_up(head_dim, kLanes), splat_bytes(0));  // up to the next 64
+    factors[row] = q ? quantize_head(q, head_dim, head) * scale : 0.0f;
+    i32x16 sums = splat(int32_t{0});
+    for (int h = 0; h < row_bytes; h += 64) sums = dot4(sums, splat_bytes(1), load_bytes(head + h));
+    starts[row] = -128 * sum(sums);
     int8_t* to = codes + first * row_bytes + (row - first) * 4;
-    int32_t sum = 0;
-    for (int h = 0; h < row_bytes; h += 4) {
-      std::memcpy(to + h * count, head + h, 4);
-      sum += head[h] + head[h + 1] + head[h + 2] + head[h + 3];
-    }
-    starts[row] = -128 * sum;
+    for (int h = 0; h < row_bytes; h += 4) std::memcpy(to + h * count, head + h, 4);
   }
 };
 

@@ -3,8 +3,8 @@
 // Both are exact. A score is at most 255 * 127 * H, H up to 1,024. A weight has sixteen unsigned bits, in two planes of
 // bytes, and 256 of them times 127 stay below 2^31. So the order of these sums is nobody's concern.
 //
-// Eight bits would not do for weights: beside a token that takes nearly all the attention, as the first often does, they
-// would round the others to nothing.
+// Eight bits would not do for weights: beside a token that takes nearly all the attention, as the first often does,
+// they would round the others to nothing.
 #pragma once
 
 #include "attention_call.h"
@@ -15,13 +15,15 @@ namespace aios {
 #if defined(AIOS_ISA_AVX512)
 constexpr int kCodedRows = 12;  // queries that meet keys at once, and how many sixteens of those
 constexpr int kCodedSixteens = 2;
+constexpr int coded_sixteens(int rows) { return rows <= 3 ? 8 : 4; }  // of a page's keys at once
 constexpr int kWeightRows = 3;  // rows of weights that meet four tokens' values at once, and how many vectors of those
 constexpr int kWeightVectors = 4;
 #else
 constexpr int kCodedRows = 4;
 constexpr int kCodedSixteens = 1;
-constexpr int kWeightRows = 1;
-constexpr int kWeightVectors = 2;
+constexpr int coded_sixteens(int rows) { return rows == 1 ? 2 : 1; }
+constexpr int kWeightRows = 3;  // the more rows, the less often AVX2 widens a value
+constexpr int kWeightVectors = 1;
 #endif
 
 using CodedPages = SegmentPages<KvType::kInt8>;
@@ -36,9 +38,8 @@ inline void multiply_key_codes(const CodedPages& pages, Range tile, int i, const
   i32x16 sums[rows][vectors];
 #pragma GCC unroll 8
   for (int v = 0; v < vectors; ++v) {
-    const int ahead = i + v + vectors;
     keys[v] = pages.keys[tile.nearest(i + v)];
-    if (prefetching) next[v] = ahead < tile.end ? pages.keys[tile.nearest(ahead)] : pages.runs[v % pages.num_runs()].values;
+    next[v] = pages.values(tile.nearest(i + v));
   }
 #pragma GCC unroll 12
   for (int r = 0; r < rows; ++r)
@@ -49,7 +50,7 @@ inline void multiply_key_codes(const CodedPages& pages, Range tile, int i, const
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
       key[v] = load_bytes(keys[v] + h * kLanes);
-      if (prefetching) prefetch(next[v] + h * kLanes);
+      if (prefetching) prefetch_once(next[v] + h * kLanes);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
@@ -124,7 +125,7 @@ inline void multiply_value_codes(const CodedPages& pages, Range tile, int column
 #pragma GCC unroll 4
       for (int v = 0; v < vectors; ++v) {
         value[v] = load_bytes(values + v * 64);
-        if (prefetching) prefetch(next + v * 64);
+        if (prefetching) prefetch_once(next + v * 64);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {

