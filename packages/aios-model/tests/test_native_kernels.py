@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from aios_model.layers.norm import RMSNorm
 from aios_model.layers.rope import Rotation
 from aios_model.native import native_status
+from aios_model.native.base_library import model_library
 from aios_model.native.isa import available_isas
 from aios_model.native.kernels import FloatMatrix, rms_norm, rotate, silu_and_multiply
 from aios_model.native.threads import get_pool
@@ -161,3 +163,16 @@ def test_no_rows_are_no_work():
 @pytest.mark.parametrize("isa", [isa.name for isa in available_isas()[1:]])
 def test_every_instruction_set_computes_the_same(isa, run_with_isa):
     run_with_isa(isa, __file__, "-k", "not instruction_set")
+
+
+def test_the_library_can_tell_the_limits_of_the_machine():
+    library = model_library()
+    read = library.declare("aios_read_once", ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64)
+    numbers = torch.zeros(1 << 16, dtype=torch.uint8)
+    numbers[70] = 3
+    # Eight streams of 64 bytes are joined by `or`, and the lanes' fours added up.
+    assert read(numbers.data_ptr(), len(numbers)) == 3
+    for name in ("aios_multiply_floats", "aios_multiply_bytes"):
+        multiply = library.declare(name, ctypes.c_int64, ctypes.c_int64)
+        assert 1 <= multiply(1) == multiply(2) < 10_000
+        assert multiply(1_000_000) >= 1_000_000

@@ -9,7 +9,8 @@ import pytest
 from aios_model.config_file import read_model_config
 from aios_model.errors import NativeBuildError
 from aios_model.inspect import active_parameters, flops_per_token
-from aios_model.native.library import NativeLibrary, source_folder
+from aios_model.native import native_status
+from aios_model.native.isa import choose_isa
 from aios_model.weights.hub import resolve_model
 from aios_serve.bench import limits as limits_module
 from aios_serve.bench.engines import ENGINES, Variant
@@ -19,13 +20,6 @@ from aios_serve.bench.roofline import limits_line, parse_roofline_works, place
 from aios_serve.bench.samples import Task
 from aios_serve.bench.work import parse_works
 
-EXPORTS = """
-#include "roofline.h"
-#define EXPORT extern "C" __attribute__((visibility("default")))
-EXPORT int32_t aios_read_once(const void* data, int64_t n) { return aios::read_once(data, n); }
-EXPORT int64_t aios_multiply_floats(int64_t n) { return aios::multiply_floats(n); }
-EXPORT int64_t aios_multiply_bytes(int64_t n) { return aios::multiply_bytes(n); }
-"""
 LIMITS = Limits(
     threads=2, large_read=10e9, cached_read=20e9, float_operations=100e9, byte_operations=400e9, source="a test"
 )
@@ -38,16 +32,10 @@ def quick(monkeypatch):
         monkeypatch.setattr(limits_module, name, value)
 
 
-def test_native_kernels_measure_every_limit(tmp_path, monkeypatch, quick):
-    source = tmp_path / "exports.cpp"
-    source.write_text(EXPORTS)
-    try:
-        library = NativeLibrary.open(name="roofline_test", sources=[source], include_dirs=[source_folder("aios_model")])
-    except NativeBuildError as error:
-        pytest.skip(f"no compiler: {error}")
-    monkeypatch.setattr(limits_module, "model_library", lambda: library)
+@pytest.mark.skipif(not native_status().available, reason=native_status().reason)
+def test_native_kernels_measure_every_limit(quick):
     measured = measure_limits(2)
-    assert measured.source == f"native kernels for {library.isa.name}"
+    assert measured.source == f"native kernels for {choose_isa().name}"
     rates = (measured.large_read, measured.cached_read, measured.float_operations, measured.byte_operations)
     assert all(rate is not None and 1e6 < rate < 1e14 for rate in rates)
 
