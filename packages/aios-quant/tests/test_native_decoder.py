@@ -16,7 +16,9 @@ from aios_model.model import load_decoder
 from aios_model.native import native_status
 from aios_model.native.isa import available_isas
 from aios_model.native.threads import get_pool
+from aios_model.weights.bundled import find_bundled_model
 from aios_model.weights.hub import resolve_model
+from aios_quant.native import decoder as native_decoder
 from aios_quant.native.decoder import NativeDecoder, unsupported
 from aios_quant.native.matrix import NativeMatrix
 from aios_quant.schemes.registry import find_scheme
@@ -176,3 +178,11 @@ def test_profile_accounts_for_every_phase(saved) -> None:
 @pytest.mark.parametrize("isa", [isa.name for isa in available_isas()][1:])
 def test_other_instruction_sets_pass_the_same_tests(isa, run_with_isa) -> None:
     run_with_isa(isa, __file__, "-k", "not instruction_sets and not int8-a16 and not asym")
+
+
+def test_the_bundled_models_embedding_is_looked_up_natively_and_equal_to_the_modules() -> None:
+    decoder = load_decoder(resolve_model(str(find_bundled_model())), dtype="float32", device="cpu")
+    look_up = native_decoder._embedding_of(decoder)
+    assert look_up is not decoder.embedding
+    tokens = torch.randint(0, decoder.config.vocab_size, (100,))
+    assert torch.equal(look_up(tokens), decoder.embedding(tokens))

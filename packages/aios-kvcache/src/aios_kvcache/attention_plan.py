@@ -28,7 +28,7 @@ TOLERATED_PADDING = 128
 """Padding, in keys, that costs less than one more call of the attention kernel."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # one per sequence and step: frozen, it takes twice as long to build
 class SequenceSlice:
     """The next tokens of one sequence, and where its pages are.
 

@@ -33,6 +33,11 @@ class Embedding(nn.Module):
         else:
             self.weight = entry.read(dtype=dtype).to(device)
 
+    @property
+    def table(self) -> TensorEntry | None:
+        """The mapped table; None if it is held whole."""
+        return self._entry
+
     def forward(self, tokens_T: Tensor) -> Tensor:
         """[T] int64 -> [T, D]."""
         if self._entry is not None:

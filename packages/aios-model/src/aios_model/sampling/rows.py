@@ -1,4 +1,7 @@
-"""What goes into the sampler and what comes out, as plain data: schedulers build these without importing torch."""
+"""What goes into the sampler and what comes out, as plain data: schedulers build these without importing torch.
+
+What is made for every row of every step is not frozen only because that doubles the time to build it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
     from aios_model.sampling.params import SamplingParams
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SamplingRow:
     """One row of logits to draw from.
 
@@ -51,7 +54,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SampledToken:
     """The token drawn for one row; `logprobs` only where the request asked for them."""
 

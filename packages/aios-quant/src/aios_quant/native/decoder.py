@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_double
 
 import torch
@@ -19,6 +20,7 @@ from aios_model.layers.norm import RMSNorm
 from aios_model.layers.rope import RotaryEmbedding
 from aios_model.native.library import pointer
 from aios_model.native.threads import ThreadPool
+from aios_model.weights.block_rows import BlockRows
 from aios_quant.linear import QuantizedLinear
 from aios_quant.native.matrix import NativeLinear, NativeMatrix
 from aios_quant.native.step_structures import PHASES, DecoderStruct, LayerStruct
@@ -28,8 +30,8 @@ from aios_quant.native.structures import quant_function
 class NativeDecoder:
     """Runs all layers of a decoder in one call, on the pages of one cache.
 
-    Takes the place of the `DecoderModel` in a `ModelRunner`. It borrows the model's packed weights; embedding and
-    rotations are the model's own modules.
+    Takes the place of the `DecoderModel` in a `ModelRunner`. It borrows the model's packed weights and its
+    mapped embedding; rotations are the model's own module.
 
     Args:
         decoder: Loaded, its Linear layers quantised with native kernels.
@@ -51,7 +53,7 @@ class NativeDecoder:
         self.dtype = decoder.dtype
         self.device = decoder.device
         self.seconds = dict.fromkeys(PHASES, 0.0)
-        self._embedding = decoder.embedding
+        self._embedding = _embedding_of(decoder)
         self._cache = cache
         self._pool = pool
         self._keep: list[object] = [decoder]  # what the C structures point into
@@ -191,6 +193,14 @@ def rotation_table(rotary: RotaryEmbedding, max_positions: int) -> Tensor:
     # Rotation negates the sines of the first half; those of the second are the angle's own.
     table = torch.cat((rotation.cos_T1H[:, 0, :half], rotation.sin_T1H[:, 0, half:]), dim=-1)
     return table.to(torch.float32).contiguous()
+
+
+def _embedding_of(decoder: DecoderModel) -> Callable[[Tensor], Tensor]:
+    """[T] int64 -> [T, D]: native where the table's encoding is known there, else the model's own module."""
+    table = decoder.embedding.table
+    if table is None or decoder.dtype != torch.float32 or not BlockRows.supports(table):
+        return decoder.embedding
+    return BlockRows(table).gather
 
 
 def _linear_of(layer: DecoderLayer, kind: str) -> Linear:

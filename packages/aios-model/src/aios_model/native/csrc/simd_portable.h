@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "half.h"
+
 namespace aios {
 
 struct f32x16 { float v[16]; };
@@ -92,18 +94,6 @@ inline float largest_magnitude(f32x16 x) {
   return value;
 }
 
-inline float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
-  const uint32_t exponent = (half >> 10) & 0x1f, fraction = half & 0x3ffu;
-  float value;
-  if (exponent == 0) {
-    value = std::ldexp(static_cast<float>(fraction), -24);
-  } else {
-    const uint32_t bits = (exponent == 31 ? 0xffu : exponent + 112) << 23 | fraction << 13;
-    std::memcpy(&value, &bits, sizeof value);
-  }
-  return sign ? -value : value;
-}
 inline f32x16 load_bf16(const uint16_t* p) {
   f32x16 out;
   for (int i = 0; i < 16; ++i) {
