@@ -30,6 +30,7 @@ TENSOR_MODULES = {
         "sampling.sampler",
         "sampling.torch_draw",
         "sampling.truncation",
+        "weights.block_rows",
         "weights.dummy",
         "weights.gguf",
         "weights.gguf_blocks",
