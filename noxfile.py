@@ -56,6 +56,13 @@ def test_sched(session: nox.Session) -> None:
     pytest(session, "packages/aios-sched")
 
 
+@nox.session(name="test-parallel", tags=["ci"])
+def test_parallel(session: nox.Session) -> None:
+    """aios-parallel over the layers below it: ranks are threads and processes of this machine."""
+    sync(session, "--package=aios-parallel", "--group=test")
+    pytest(session, "packages/aios-parallel")
+
+
 @nox.session(name="test-quant", tags=["ci"])
 def test_quant(session: nox.Session) -> None:
     """aios-quant over the layers below it; its checkpoints are read by transformers too."""

@@ -49,6 +49,7 @@ TENSOR_MODULES = {
         "pool_memory",
     ),
     "aios_sched": ("batch", "model_runner"),
+    "aios_parallel": (),
     "aios_quant": (
         "calibrate",
         "checkpoints",
