@@ -37,6 +37,7 @@ TENSOR_MODULES = {
         "weights.packed_entry",
         "weights.permuted",
         "weights.safetensors",
+        "weights.sharded",
         "weights.source",
     ),
     "aios_kvcache": (
@@ -49,7 +50,7 @@ TENSOR_MODULES = {
         "pool_memory",
     ),
     "aios_sched": ("batch", "model_runner"),
-    "aios_parallel": (),
+    "aios_parallel": ("pipeline", "stage_runner", "tensor_parallel", "thread_group", "vocabulary"),
     "aios_quant": (
         "calibrate",
         "checkpoints",
@@ -60,6 +61,7 @@ TENSOR_MODULES = {
         "linear",
         "native.decoder",
         "native.matrix",
+        "native.reduction",
         "quantized_tensor",
         "reading",
         "reference",
@@ -70,6 +72,7 @@ TENSOR_MODULES = {
         "schemes.int4",
         "schemes.int8",
         "schemes.stored",
+        "shards",
         "transform",
         "writing",
     ),
