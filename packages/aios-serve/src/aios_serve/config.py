@@ -56,7 +56,10 @@ class EngineConfig:
             is accepted), a folder takes its generation_config.json.
         chat_template: Template text, or a file holding it, instead of the model's own.
         threads: Threads on the CPU; None takes one per core, within this process's share of them.
-        tensor_parallel: Devices that share each layer. Only 1 until aios-parallel is there.
+        tensor_parallel: Ranks that share each layer: GPUs, or processes on the CPU.
+        pipeline_parallel: Stages, each of them a group of `tensor_parallel` ranks that holds some of the layers.
+        expert_parallel: Deal the experts of a mixture out to the ranks of a stage, rather than cutting each of them.
+        rank_timeout: Seconds without a sign of life, or of progress with a step, after which a rank counts as lost.
         quantization: Scheme of the weights: "int8", "int4", "fp8", "as-stored" and more (`aios_quant.SCHEME_NAMES`),
             "none" for plain numbers, or "auto": on a CPU the fastest that keeps the quality, see `backend.py`.
         kv_cache_dtype: Numbers in the pages: "bfloat16" and "int8" need native kernels; "auto" is bfloat16 with them
@@ -93,6 +96,9 @@ class EngineConfig:
     chat_template: str | None = None
     threads: int | None = None
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: bool = False
+    rank_timeout: float = 4.0
     quantization: str = "auto"
     kv_cache_dtype: KVCacheDType = "auto"
     cpu_bind: str = "none"
@@ -106,7 +112,6 @@ class EngineConfig:
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
-        self._refuse_missing_layers()
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
@@ -172,6 +177,7 @@ class EngineConfig:
             ("max_logprobs", 0),
             ("threads", 1),
             ("tensor_parallel", 1),
+            ("pipeline_parallel", 1),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value < 2**48:
@@ -181,8 +187,9 @@ class EngineConfig:
         share = self.device_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise _bad("device_memory_utilization", share, "it is a share above 0 and up to 1, such as 0.9")
-        if not 0 < self.heartbeat_timeout < float("inf"):
-            raise _bad("heartbeat_timeout", self.heartbeat_timeout, "it must be a positive number of seconds")
+        for name in ("heartbeat_timeout", "rank_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise _bad(name, getattr(self, name), "it must be a positive number of seconds")
 
     def _check_combinations(self) -> None:
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -197,13 +204,8 @@ class EngineConfig:
                 "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
             )
 
-    def _refuse_missing_layers(self) -> None:
-        if self.tensor_parallel > 1:
-            raise _bad(
-                "tensor_parallel",
-                self.tensor_parallel,
-                "splitting a model needs the layer aios-parallel, which is not there yet; leave it at 1",
-            )
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise _bad("expert_parallel", True, "experts are dealt out to the tensor_parallel ranks; ask for 2 or more")
 
 
 def parse_count(text: str, *, option: str) -> int:
