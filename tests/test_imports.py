@@ -49,7 +49,7 @@ TENSOR_MODULES = {
         "pool_memory",
     ),
     "aios_sched": ("batch", "model_runner"),
-    "aios_parallel": (),
+    "aios_parallel": ("shared_memory", "torch_group"),
     "aios_quant": (
         "calibrate",
         "checkpoints",
