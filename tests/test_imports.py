@@ -50,7 +50,15 @@ TENSOR_MODULES = {
         "pool_memory",
     ),
     "aios_sched": ("batch", "model_runner"),
-    "aios_parallel": ("pipeline", "stage_runner", "tensor_parallel", "thread_group", "vocabulary"),
+    "aios_parallel": (
+        "pipeline",
+        "rank_groups",
+        "stage_runner",
+        "tensor_parallel",
+        "thread_group",
+        "torch_group",
+        "vocabulary",
+    ),
     "aios_quant": (
         "calibrate",
         "checkpoints",

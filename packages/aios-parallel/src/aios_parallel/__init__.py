@@ -3,6 +3,8 @@
 Exchanging tensors:
     `Communicator`, `Traffic`   the socket, and what it counts
     `SoloCommunicator`          a group of one
+    `SharedMemoryCommunicator`  processes on one host's CPUs, by C++ of our own
+    `TorchCommunicator`         torch.distributed: gloo between hosts, nccl on GPUs
 Errors:
     `ParallelError`, `CollectiveTimeoutError`, `RankFailedError`, `WireError`
 
@@ -17,13 +19,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aios_parallel.communicator import Communicator, SoloCommunicator, Traffic
     from aios_parallel.errors import CollectiveTimeoutError, ParallelError, RankFailedError, WireError
+    from aios_parallel.shared_memory import SharedMemoryCommunicator
+    from aios_parallel.torch_group import TorchCommunicator
 
 __all__ = [
     "CollectiveTimeoutError",
     "Communicator",
     "ParallelError",
     "RankFailedError",
+    "SharedMemoryCommunicator",
     "SoloCommunicator",
+    "TorchCommunicator",
     "Traffic",
     "WireError",
 ]
@@ -31,6 +37,8 @@ __all__ = [
 _HOMES = {
     "communicator": ("Communicator", "SoloCommunicator", "Traffic"),
     "errors": ("CollectiveTimeoutError", "ParallelError", "RankFailedError", "WireError"),
+    "shared_memory": ("SharedMemoryCommunicator",),
+    "torch_group": ("TorchCommunicator",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

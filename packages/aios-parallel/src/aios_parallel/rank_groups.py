@@ -144,7 +144,7 @@ class _Opener:
             size=len(ranks),
             backend=backend,
             timeout=COLLECTIVE_SECONDS,
-            address=addresses[self._rank] if addresses else None,
+            address=addresses[self._rank] if addresses and addresses[self._rank] else None,
         )
 
 
