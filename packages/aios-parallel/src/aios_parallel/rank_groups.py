@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import distributed
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from aios_model.errors import NativeBuildError
 from aios_model.native.status import native_status
 from aios_parallel.communicator import Communicator, SoloCommunicator
 from aios_parallel.mesh import Mesh, Place
 
-GroupStore = distributed.TCPStore
+GroupStore = TCPStore
 """Where ranks of several hosts meet: a key-value store over TCP, torch's own."""
 
 COLLECTIVE_SECONDS = 300.0
@@ -139,7 +139,7 @@ class _Opener:
         backend = "nccl" if self._device.type == "cuda" else "gloo"
         addresses = self._rendezvous.addresses
         return TorchCommunicator.create(
-            distributed.PrefixStore(f"{self._rendezvous.run_id}/{name}", self._store),
+            PrefixStore(f"{self._rendezvous.run_id}/{name}", self._store),
             rank=ranks.index(self._rank),
             size=len(ranks),
             backend=backend,

@@ -276,10 +276,11 @@ class TorchCommunicator:
 def _gloo(store: Store, rank: int, size: int, timeout: timedelta, address: str | None) -> Any:
     if address is None:
         return dist.ProcessGroupGloo(store, rank, size, timeout)
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timeout
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)
 
 
 def _nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Any:

@@ -96,6 +96,15 @@ class KVCacheDType(StrEnum):
     int8 = "int8"
 
 
+class ExecutorBackend(StrEnum):
+    """Values of --distributed-executor-backend."""
+
+    auto = "auto"
+    mp = "mp"
+    torchrun = "torchrun"
+    ray = "ray"
+
+
 class LogLevel(StrEnum):
     """Values of --log-level."""
 
@@ -131,7 +140,8 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_MODEL, _HTTP, _MEMORY, _BATCHING, _PROCESS = "Model", "HTTP", "Memory", "Batching", "Process"
+_MODEL, _HTTP, _MEMORY, _BATCHING = "Model", "HTTP", "Memory", "Batching"
+_PARALLEL, _PROCESS = "Parallelism", "Process"
 
 
 def _option(*names: str, panel: str, help: str, **settings: object) -> typer.models.OptionInfo:
@@ -320,8 +330,47 @@ def serve(
     ] = ENGINE.max_num_queued_reqs or 0,
     tensor_parallel_size: Annotated[
         int,
-        _option("--tensor-parallel-size", "-tp", panel=_PROCESS, help="Devices that share each layer; only 1 so far."),
+        _option(
+            "--tensor-parallel-size",
+            "-tp",
+            panel=_PARALLEL,
+            help="Ranks that share each layer: GPUs, or processes on the CPU.",
+        ),
     ] = ENGINE.tensor_parallel,
+    pipeline_parallel_size: Annotated[
+        int,
+        _option(
+            "--pipeline-parallel-size",
+            "-pp",
+            panel=_PARALLEL,
+            help="Stages that hold some of the layers each, every one of them a tensor-parallel group.",
+        ),
+    ] = ENGINE.pipeline_parallel,
+    enable_expert_parallel: Annotated[
+        bool,
+        _option(
+            "--enable-expert-parallel/--no-enable-expert-parallel",
+            panel=_PARALLEL,
+            help="Deal the experts of a mixture out to the ranks, rather than cutting each of them.",
+        ),
+    ] = ENGINE.expert_parallel,
+    distributed_executor_backend: Annotated[
+        ExecutorBackend,
+        _option(
+            "--distributed-executor-backend",
+            panel=_PARALLEL,
+            help="Who starts the ranks: this process (mp), torchrun on several hosts, or a Ray cluster. "
+            "auto: torchrun under torchrun, else mp.",
+        ),
+    ] = ExecutorBackend.auto,
+    rank_timeout: Annotated[
+        float,
+        _option(
+            "--rank-timeout",
+            panel=_PARALLEL,
+            help="Seconds without a sign of life, or of progress, after which a rank counts as lost.",
+        ),
+    ] = ENGINE.rank_timeout,
     threads: Annotated[
         int | None,
         _option("--threads", panel=_PROCESS, show_default="one per core", help="CPU threads of the engine."),
@@ -383,6 +432,10 @@ def serve(
         cpu_bind=cpu_bind,
         quantization=quantization,
         tensor_parallel=tensor_parallel_size,
+        pipeline_parallel=pipeline_parallel_size,
+        expert_parallel=enable_expert_parallel,
+        distributed_executor=distributed_executor_backend.value,
+        rank_timeout=rank_timeout,
         engine_process=engine_process,
         log_level=log_level.value,
     )
@@ -434,7 +487,12 @@ def _in_flags(message: str) -> str:
     """A ConfigError in the words of the command line: `max_model_len=0 ...` becomes `--max-model-len=0 ...`."""
     names = {*EngineConfig.__dataclass_fields__, *ServerConfig.__dataclass_fields__, "tensor_parallel_size"}
     flags = {name: "--" + name.replace("_", "-") for name in names}
-    flags |= {"tensor_parallel": "--tensor-parallel-size"}
+    flags |= {
+        "tensor_parallel": "--tensor-parallel-size",
+        "pipeline_parallel": "--pipeline-parallel-size",
+        "expert_parallel": "--enable-expert-parallel",
+        "distributed_executor": "--distributed-executor-backend",
+    }
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
 
 

@@ -20,6 +20,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
+ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -59,6 +60,8 @@ class EngineConfig:
         tensor_parallel: Ranks that share each layer: GPUs, or processes on the CPU.
         pipeline_parallel: Stages, each of them a group of `tensor_parallel` ranks that holds some of the layers.
         expert_parallel: Deal the experts of a mixture out to the ranks of a stage, rather than cutting each of them.
+        distributed_executor: Who starts the ranks: "mp" this process, on this host; "torchrun", on every host it was
+            started on; "ray", on a cluster. "auto" is torchrun under torchrun, else mp.
         rank_timeout: Seconds without a sign of life, or of progress with a step, after which a rank counts as lost.
         quantization: Scheme of the weights: "int8", "int4", "fp8", "as-stored" and more (`aios_quant.SCHEME_NAMES`),
             "none" for plain numbers, or "auto": on a CPU the fastest that keeps the quality, see `backend.py`.
@@ -98,6 +101,7 @@ class EngineConfig:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     expert_parallel: bool = False
+    distributed_executor: ExecutorBackend = "auto"
     rank_timeout: float = 4.0
     quantization: str = "auto"
     kv_cache_dtype: KVCacheDType = "auto"
@@ -155,6 +159,7 @@ class EngineConfig:
             ("device", Device),
             ("kv_cache_policy", KVCachePolicy),
             ("kv_cache_dtype", KVCacheDType),
+            ("distributed_executor", ExecutorBackend),
             ("log_level", LogLevel),
         ):
             choices = get_args(kinds)

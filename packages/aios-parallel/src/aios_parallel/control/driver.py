@@ -42,7 +42,8 @@ class RankGroup:
 
     Args:
         connections: To each rank, in order.
-        end_processes: Ends the processes that this host started; called once, when the group is lost or closed.
+        end_processes: Ends the processes that this host started; called when the group is lost or closed, perhaps
+            twice and by two threads.
         describe_rank: A few words on where a rank is, for messages.
         silence: Seconds after which a rank counts as lost.
     """
@@ -147,6 +148,7 @@ class RankGroup:
         """Ends all ranks; calling it twice is fine."""
         self._closed = True
         self.lose("it was closed")
+        self._end_processes()  # perhaps it was lost a moment ago, and the reading thread is still at it
 
     def _hang_up(self) -> None:
         for connection in self._connections:

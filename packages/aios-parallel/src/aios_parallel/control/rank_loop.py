@@ -70,20 +70,24 @@ def serve_rank(connection: Connection, rank: Rank) -> int:
     except ParallelError as error:  # the group is lost, and the driver has heard of it or will: nothing else to say
         logger.error("%s", error)
         return 1
+    finally:
+        state.is_over.set()
     return 0
 
 
 class _State:
-    is_busy = False
+    def __init__(self) -> None:
+        self.is_busy = False
+        self.is_over = threading.Event()
 
 
 def _beat(connection: Connection, rank: Rank, state: _State) -> None:
-    stop = threading.Event()
-    while not stop.wait(BEAT_SECONDS):
+    while not state.is_over.wait(BEAT_SECONDS):
         try:
             connection.send(Beat(busy=state.is_busy, progress=rank.progress))
         except ConnectionLostError:
-            os._exit(1)  # the main thread may be waiting, in native code, for a rank that is gone
+            if not state.is_over.wait(BEAT_SECONDS):
+                os._exit(1)  # the main thread may be waiting, in native code, for a rank that is gone
 
 
 def _call(connection: Connection, rank: Rank, call: Call) -> bool:

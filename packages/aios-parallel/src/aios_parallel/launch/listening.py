@@ -109,5 +109,9 @@ def connect_to_driver(address: tuple[str, int], token: str, *, rank: int, timeou
             if time.monotonic() > deadline:
                 raise ParallelError(f"no driver listens at {address[0]}:{address[1]}: {error}") from error
             time.sleep(_RETRY_SECONDS)
-    join(connection, token, rank=rank)
+    try:
+        join(connection, token, rank=rank)
+    except WireError:
+        connection.close()
+        raise
     return Connection(connection, command_reader())
