@@ -31,7 +31,8 @@ from aios_serve.config import EngineConfig, parse_count
         ({"served_model_name": ("a", "")}, ["served_model_name"]),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, ["max_num_batched_tokens=4", "max_num_seqs=8"]),
         ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, ["kv_cache_memory_bytes", "one of them"]),
-        ({"tensor_parallel": 2}, ["tensor_parallel=2", "aios-parallel", "not there yet"]),
+        ({"pipeline_parallel": 0}, ["pipeline_parallel=0", "at least 1"]),
+        ({"expert_parallel": True}, ["expert_parallel=True", "2 or more"]),
         ({"quantization": "int3"}, ["quantization='int3'", "int8", "as-stored"]),
     ],
 )

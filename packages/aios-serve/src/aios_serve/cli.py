@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are known to be right: `--help` a
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from enum import StrEnum
@@ -16,8 +17,12 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from aios_model.errors import AiosError, ConfigError
+from aios_parallel.launch.torchrun import TorchrunPlace
+from aios_parallel.mesh import Mesh
 from aios_serve.config import EngineConfig, parse_count
+from aios_serve.launching import check_world
 from aios_serve.server_config import ServerConfig
+from aios_serve.torchrun_rank import keep_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -363,6 +368,15 @@ def serve(
             "auto: torchrun under torchrun, else mp.",
         ),
     ] = ExecutorBackend.auto,
+    ray_address: Annotated[
+        str | None,
+        _option(
+            "--ray-address",
+            panel=_PARALLEL,
+            metavar="HOST:PORT",
+            help="Of the Ray cluster; default: the one this host belongs to.",
+        ),
+    ] = None,
     rank_timeout: Annotated[
         float,
         _option(
@@ -435,6 +449,7 @@ def serve(
         pipeline_parallel=pipeline_parallel_size,
         expert_parallel=enable_expert_parallel,
         distributed_executor=distributed_executor_backend.value,
+        ray_address=ray_address,
         rank_timeout=rank_timeout,
         engine_process=engine_process,
         log_level=log_level.value,
@@ -453,7 +468,15 @@ def serve(
 
 
 def _run(engine_config: EngineConfig, server_config: ServerConfig, log_level: str) -> int:
-    """Everything is right so far: now import the server, which takes half a second."""
+    """Everything is right so far: now import the server, which takes half a second.
+
+    Of the processes that torchrun starts, the first serves; the others compute for it.
+    """
+    place = TorchrunPlace.from_environment(os.environ)
+    if place is not None:
+        check_world(Mesh(tensor=engine_config.tensor_parallel, pipeline=engine_config.pipeline_parallel), place)
+        if place.rank > 0:
+            return keep_rank(place.rank, log_level=log_level)
     from rich.console import Console
 
     console = Console(stderr=True)

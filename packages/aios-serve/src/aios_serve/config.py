@@ -62,6 +62,8 @@ class EngineConfig:
         expert_parallel: Deal the experts of a mixture out to the ranks of a stage, rather than cutting each of them.
         distributed_executor: Who starts the ranks: "mp" this process, on this host; "torchrun", on every host it was
             started on; "ray", on a cluster. "auto" is torchrun under torchrun, else mp.
+        ray_address: Of the Ray cluster for `distributed_executor="ray"`, such as "10.0.0.1:6379"; None joins the one
+            this host belongs to, or starts one here.
         rank_timeout: Seconds without a sign of life, or of progress with a step, after which a rank counts as lost.
         quantization: Scheme of the weights: "int8", "int4", "fp8", "as-stored" and more (`aios_quant.SCHEME_NAMES`),
             "none" for plain numbers, or "auto": on a CPU the fastest that keeps the quality, see `backend.py`.
@@ -102,6 +104,7 @@ class EngineConfig:
     pipeline_parallel: int = 1
     expert_parallel: bool = False
     distributed_executor: ExecutorBackend = "auto"
+    ray_address: str | None = None
     rank_timeout: float = 4.0
     quantization: str = "auto"
     kv_cache_dtype: KVCacheDType = "auto"

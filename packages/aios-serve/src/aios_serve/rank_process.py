@@ -1,6 +1,6 @@
-"""A rank in a process of its own: `python -m aios_serve.rank_process --rank R`, with `--fd N` or `--connect HOST:PORT`.
+"""A rank in a process of its own: `python -m aios_serve.rank_process --rank R`.
 
-Started by the engine process, torchrun or Ray, not by hand. It leaves when its driver does.
+It reaches its driver by `--fd N`, `--connect HOST:PORT` or `--torchrun`. Started by the engine process, torchrun or Ray, not by hand. It leaves when its driver does.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from aios_model.errors import AiosError
+from aios_model.errors import AiosError, ConfigError
 from aios_parallel.control.connection import Connection
 from aios_parallel.control.messages import Progress, command_reader
 from aios_parallel.launch.listening import connect_to_driver
+from aios_parallel.launch.torchrun import TorchrunPlace, find_driver
+from aios_serve.launching import TOKEN_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-TOKEN_VARIABLE = "AIOS_RUN_TOKEN"
+DRIVER_SECONDS = 600.0
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--connect", metavar="HOST:PORT", help=f"where the driver listens; {TOKEN_VARIABLE} has the token"
     )
+    parser.add_argument("--torchrun", action="store_true", help="find the driver in torchrun's store")
     parser.add_argument("--log-level", default="info")
     given = parser.parse_args(arguments)
     logging.basicConfig(
@@ -63,8 +66,16 @@ def serve(connection: Connection) -> int:
 def _connect(given: argparse.Namespace) -> Connection:
     if given.fd is not None:
         return Connection(socket.socket(fileno=given.fd), command_reader())
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if given.torchrun:
+        place = TorchrunPlace.from_environment(os.environ)
+        if place is None:
+            raise ConfigError("--torchrun needs a process that torchrun has started")
+        return find_driver(place, token=token, timeout=DRIVER_SECONDS)
     host, _, port = (given.connect or "").rpartition(":")
-    return connect_to_driver((host, int(port)), os.environ.get(TOKEN_VARIABLE, ""), rank=given.rank)
+    if not port.isdecimal():
+        raise ConfigError(f"--connect={given.connect!r} cannot be used: write HOST:PORT")
+    return connect_to_driver((host, int(port)), token, rank=given.rank)
 
 
 if __name__ == "__main__":

@@ -175,5 +175,6 @@ def _own_config(config: EngineConfig, *, rank: int, hosts: list[str]) -> EngineC
 def _own_device(config: EngineConfig, local_rank: int) -> torch.device:
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    index = local_rank % torch.cuda.device_count()  # Ray shows each rank its own GPU only
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
