@@ -30,7 +30,7 @@ _TYPES = {
     torch.int64: 5,
 }
 _MAX_RANKS = 64
-_SPINS = 400  # some 20 µs; two ranks that the system has put on one core need 20 times as long with 4,000
+_SPINS = 400  # some 20 µs; ranks that the system has put on one core need six times as long with 4,000
 _SPINS_ON_SHARED_CORES = 40  # whom we wait for may be waiting for our core
 _POLL = 0.0005
 
