@@ -126,6 +126,18 @@ def test_sends_do_not_wait_for_the_receiver_and_arrive_in_order(tmp_path: Path) 
     ranks.end()
 
 
+def test_transfers_and_collectives_do_not_disturb_each_other(ranks: RankProcesses) -> None:
+    if ranks.size == 1:
+        return
+    x = torch.randn(1000)
+    ranks.begin(1, "send", x, to=0)
+    assert ranks.result(1).error is None
+    values = inputs(ranks, 1000)
+    assert torch.equal(ranks.all("gather", singles(values))[0], torch.stack(values))
+    ranks.begin(0, "receive", torch.empty(1000), source=1)
+    assert torch.equal(ranks.result(0).value, x)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("call", ["all_reduce", "broadcast", "all_gather"])
 def test_a_rank_that_is_gone_is_an_error_in_time(tmp_path: Path, number: signal.Signals, call: str) -> None:

@@ -30,7 +30,7 @@ _TYPES = {
     torch.int64: 5,
 }
 _MAX_RANKS = 64
-_SPINS = 400  # some 20 µs; two ranks that the system has put on one core need 20 times as long with 4,000
+_SPINS = 400  # some 20 µs; ranks that the system has put on one core need six times as long with 4,000
 _SPINS_ON_SHARED_CORES = 40  # whom we wait for may be waiting for our core
 _POLL = 0.0005
 
@@ -183,14 +183,15 @@ class SharedMemoryCommunicator:
             raise ParallelError(f"{file.path} has a rank {self.rank}: every rank needs a number, every run a name")
         deadline = time.monotonic() + timeout
         everybody = (1 << self.size) - 1
-        while (present := parallel_function("aios_group_attached")(self._group)) != everybody:
-            if time.monotonic() > deadline:
-                file.unlink()
-                raise CollectiveTimeoutError(
-                    f"{_ranks(everybody & ~present)} of {self.size} did not open {file.path} within {timeout:g} s"
-                )
-            time.sleep(_POLL)
-        file.unlink()
+        try:
+            while (present := parallel_function("aios_group_attached")(self._group)) != everybody:
+                if time.monotonic() > deadline:
+                    raise CollectiveTimeoutError(
+                        f"{_ranks(everybody & ~present)} of {self.size} did not open {file.path} within {timeout:g} s"
+                    )
+                time.sleep(_POLL)
+        finally:
+            file.unlink()
 
     def _open_group(self) -> int:
         if self._group is None:

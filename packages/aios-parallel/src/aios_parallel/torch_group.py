@@ -26,6 +26,7 @@ from aios_parallel.errors import CollectiveTimeoutError, ParallelError
 # cost the same between 256 KB and 1 MB; a network of 10 Gbit/s gains earlier.
 _LARGE = 512 << 10
 _SENDS_AHEAD = 4
+_TRANSFERS, _GATHERS = 0, 1  # tags: a gather must not take what was sent for a later `receive`
 
 
 class TorchCommunicator:
@@ -53,7 +54,7 @@ class TorchCommunicator:
         self._on_gpu = "nccl" in group.name().lower()
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
         self._batch_invariant = batch_invariant
-        self._sent: dict[int, deque[tuple[Any, Tensor]]] = {}
+        self._sent: dict[tuple[int, int], deque[tuple[Any, Tensor]]] = {}
         self._failure: str | None = None
         self._memory = torch.empty(0, dtype=torch.uint8)
 
@@ -91,8 +92,9 @@ class TorchCommunicator:
         try:
             group = _gloo(store, rank, size, limit, address) if backend == "gloo" else _nccl(store, rank, size, limit)
         except RuntimeError as error:
+            words = str(error).partition("\n")[0]
             raise CollectiveTimeoutError(
-                f"rank {rank} could not form a group of {size} over {backend}: {_first_line(error)}; do all ranks run, "
+                f"rank {rank} could not form a group of {size} over {backend}: {words}; do all ranks run, "
                 "and can they reach each other? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface"
             ) from error
         return cls(group, timeout=timeout, batch_invariant=batch_invariant)
@@ -125,13 +127,13 @@ class TorchCommunicator:
         started = perf_counter()
         out = None
         if to != self.rank:
-            self._post(x, to)
+            self._post(x, to, _GATHERS)
         else:
             out = x.new_empty(self.size, *x.shape)
             out[to] = x
             for rank in range(self.size):
                 if rank != to:
-                    self._take(out[rank], rank)
+                    self._take(out[rank], rank, _GATHERS)
         self.traffic.count(x, started)
         return out
 
@@ -151,14 +153,14 @@ class TorchCommunicator:
         """See Communicator; waits for the receiver once four sends to it are on their way."""
         self._check_other(to)
         started = perf_counter()
-        self._post(x, to)
+        self._post(x, to, _TRANSFERS)
         self.traffic.count(x, started)
 
     def receive(self, out: Tensor, *, source: int) -> Tensor:
         """See Communicator."""
         self._check_other(source)
         started = perf_counter()
-        self._take(out, source)
+        self._take(out, source, _TRANSFERS)
         self.traffic.count(out.new_empty(0), started)
         return out
 
@@ -213,23 +215,23 @@ class TorchCommunicator:
         _add_in_order(mine, total)
         x_E.copy_(self._exchange(total).view(-1)[: len(x_E)])
 
-    def _post(self, x: Tensor, to: int) -> None:
+    def _post(self, x: Tensor, to: int, tag: int) -> None:
         """Starts a send, after the oldest one if too many are on their way."""
         if self._on_gpu:  # ordered by the stream, like everything else there
-            self._run("send", lambda: self._group.send([_bytes(x)], to, 0))
+            self._run("send", lambda: self._group.send([_bytes(x)], to, tag))
             return
-        posted = self._sent.setdefault(to, deque())
+        posted = self._sent.setdefault((to, tag), deque())
         if len(posted) >= _SENDS_AHEAD:
             work, _ = posted.popleft()
             self._run("send", lambda: work)
         values = _bytes(x).clone()
         if x.numel():
-            posted.append((self._start("send", lambda: self._group.send([values], to, 0)), values))
+            posted.append((self._start("send", lambda: self._group.send([values], to, tag)), values))
 
-    def _take(self, out: Tensor, source: int) -> None:
+    def _take(self, out: Tensor, source: int, tag: int) -> None:
         values = _bytes(out)
         if out.numel():
-            self._run("receive", lambda: self._group.recv([values], source, 0))
+            self._run("receive", lambda: self._group.recv([values], source, tag))
 
     def _run(self, what: str, start: Callable[[], Any]) -> None:
         """Starts an operation and waits for it."""
@@ -250,16 +252,14 @@ class TorchCommunicator:
             raise self._failed(what, error) from error
 
     def _wait(self, work: Any) -> None:
-        if self._on_gpu or self._timeout is None:
-            work.wait()
-        else:
-            work.wait(self._timeout)
+        work.wait(*([] if self._on_gpu or self._timeout is None else [self._timeout]))
 
     def _failed(self, what: str, error: RuntimeError) -> CollectiveTimeoutError:
         """Ends the group: its ranks are out of step from now on."""
+        words = str(error).partition("\n")[0]
         self._failure = (
             f"{what} of rank {self.rank}: another of the {self.size} ranks did not come in time, or is gone; the group "
-            f"is over ({_first_line(error)})"
+            f"is over ({words})"
         )
         return CollectiveTimeoutError(self._failure)
 
@@ -309,7 +309,3 @@ def _bytes(x: Tensor) -> Tensor:
 def _check_contiguous(x: Tensor) -> None:
     if not x.is_contiguous():
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has strides {x.stride()}: make it contiguous")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,6 +1,7 @@
 """A rank in a process of its own: `python -m aios_serve.rank_process --rank R`.
 
-It reaches its driver by `--fd N`, `--connect HOST:PORT` or `--torchrun`. Started by the engine process, torchrun or Ray, not by hand. It leaves when its driver does.
+It reaches its driver by `--fd N`, `--connect HOST:PORT` or `--torchrun`. Started by the engine process, torchrun or
+Ray, not by hand. It leaves when its driver does.
 """
 
 from __future__ import annotations

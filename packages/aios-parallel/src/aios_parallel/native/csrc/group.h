@@ -177,7 +177,8 @@ class Group {
     return kDone;
   }
 
-  // Each rank adds up its share and shows the sums in a second round: fewer reads of others' memory from three ranks on.
+  // Each rank adds up its share and shows the sums in a second round: from three ranks on that reads less of others'
+  // memory.
   template <class Number, class Stored = typename Number::Stored>
   int32_t add_my_share(Stored* values, int64_t count, uint64_t what) {
     std::memcpy(slot(rank_), values, count * sizeof(Stored));
@@ -185,11 +186,13 @@ class Group {
     const Stored* parts[kMaxRanks];
     const int64_t mine = share(rank_, count);
     for (int rank = 0; rank < size_; ++rank) parts[rank] = reinterpret_cast<const Stored*>(last_slot(rank)) + mine;
-    add_in_order<Number>(parts, size_, share(rank_ + 1, count) - mine, reinterpret_cast<Stored*>(slot(rank_)) + mine);
+    Stored* sums = reinterpret_cast<Stored*>(slot(rank_)) + mine;
+    add_in_order<Number>(parts, size_, share(rank_ + 1, count) - mine, sums);
     if (const int32_t status = finish_round(what)) return status;
     for (int rank = 0; rank < size_; ++rank) {
       const int64_t start = share(rank, count), end = share(rank + 1, count);
-      std::memcpy(values + start, reinterpret_cast<const Stored*>(last_slot(rank)) + start, (end - start) * sizeof(Stored));
+      const Stored* sums = reinterpret_cast<const Stored*>(last_slot(rank));
+      std::memcpy(values + start, sums + start, (end - start) * sizeof(Stored));
     }
     return kDone;
   }

@@ -1,4 +1,4 @@
-// Waiting for another process: spinning first, since a sum of a few thousand floats takes 4 µs and being woken 50; then
+// Waiting for another process: spinning first, since a sum of some thousand floats takes 4 µs and being woken 50; then
 // giving way, for there may be more ranks than cores; then sleeping, so that a rank that waits idly leaves its core.
 #pragma once
 

@@ -5,8 +5,8 @@
 //     slots    [n][2]   what a rank shows to the others, double-buffered
 //     Channel  [n][n]   a ring of chunks for each ordered pair of ranks
 //
-// `shared_memory.py` creates the file, zero-filled but for the first four fields. All of it is a few megabytes, whatever
-// the tensors: Docker gives a container 64 MB of shared memory, so what is large goes through in pieces.
+// `segment_file.py` creates the file, zero-filled but for the first four fields. It is a few megabytes, whatever the
+// tensors: Docker gives a container 64 MB of shared memory, so what is large goes through in pieces.
 #pragma once
 
 #include <algorithm>
