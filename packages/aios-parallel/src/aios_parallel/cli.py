@@ -243,7 +243,7 @@ def plan(
         Objective,
         typer.Option(
             rich_help_panel=_CHOICE,
-            help="throughput: most tokens per second. latency: shortest time per token. devices: fewest devices.",
+            help="throughput: most tokens per second. latency: fastest for one user alone. devices: fewest devices.",
         ),
     ] = Objective.throughput,
     tensor_parallel_size: Annotated[

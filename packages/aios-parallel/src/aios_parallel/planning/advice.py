@@ -80,7 +80,7 @@ def _reasons(best: Plan, plans: Sequence[Plan]) -> Iterator[str]:
     same = [plan for plan in plans if plan.scheme == best.scheme and plan.fits]
     yield from _about_scheme(best, plans)
     yield from _about_groups(best, same)
-    yield from _about_hosts(best, same)
+    yield from _about_hosts(best, [plan for plan in plans if plan.scheme == best.scheme])
     yield from _about_heads(best)
     yield from _about_experts(best, same)
     yield _about_bound(best)
@@ -129,17 +129,15 @@ def _about_groups(best: Plan, same: Sequence[Plan]) -> Iterator[str]:
 def _about_hosts(best: Plan, same: Sequence[Plan]) -> Iterator[str]:
     if hosts_in_use(best) == 1:
         return
-    if best.costs.tensor_place() == "host":
-        across = [plan for plan in same if plan.costs.tensor_place() == "network"]
-        widest = max((plan.layout.tensor for plan in across), default=0)
-        other = best_plan([plan for plan in across if plan.layout.tensor == widest], "throughput")
-        if other is not None:
-            step = other.decode
-            yield (
-                f"TP stays within a host: across hosts all-reduces over {_link(best, 'network')} would take "
-                f"{show_seconds(step.communicating)} of a step of {show_seconds(step.seconds)} ({other.layout}), "
-                f"reading and computing {show_seconds(max(step.reading, step.computing))}."
-            )
+    across = [plan for plan in same if plan.costs.tensor_place() == "network"]
+    if across and best.costs.tensor_place() == "host":
+        widest = max(across, key=lambda plan: (plan.layout.tensor, plan.tokens_per_second))
+        step = widest.decode
+        yield (
+            f"TP stays within a host: with {widest.layout} all-reduces over {_link(best, 'network')} would take "
+            f"{show_seconds(step.communicating)} of a step of {show_seconds(step.seconds)}, reading and computing "
+            f"{show_seconds(max(step.reading, step.computing))}."
+        )
     yield (
         f"Start it on each of {hosts_in_use(best)} hosts with --nnodes {hosts_in_use(best)} --node-rank N "
         "--master-addr FIRST-HOST added."
@@ -196,15 +194,19 @@ def _about_devices(best: Plan) -> Iterator[str]:
 
 
 def _about_fewer_bits(best: Plan, plans: Sequence[Plan]) -> Iterator[str]:
-    """Whether fewer bits would do with one device what takes several now."""
-    if best.layout.tensor * best.layout.pipeline == 1:
-        return
+    """Whether four bits would do with one device what takes several now, or more with as many."""
     smaller = [plan for plan in plans if plan.scheme.bits < best.scheme.bits and plan.fits]
     alone = best_plan([plan for plan in smaller if plan.layout.tensor * plan.layout.pipeline == 1], "throughput")
+    fastest = best_plan(smaller, "throughput")
     if alone is not None and not best.baseline.max_batch:
         yield (
             f"{alone.scheme.name.upper()} makes it fit one device: use that first if its quality is enough (aios-quant "
             f"evaluate tells); {alone.layout} gives {show_number(alone.tokens_per_second)} tok/s."
+        )
+    elif fastest is not None and fastest.tokens_per_second > best.tokens_per_second * (1 + _NOTICEABLE):
+        yield (
+            f"{fastest.scheme.name.upper()} would give {show_number(fastest.tokens_per_second)} tok/s "
+            f"({fastest.layout}) but costs quality: aios-quant evaluate tells how much."
         )
 
 

@@ -70,6 +70,11 @@ class Plan:
         return self.costs.decode()
 
     @cached_property
+    def alone(self) -> StepTime:
+        """A step of one sequence on an idle system."""
+        return self.costs.decode(sequences=1)
+
+    @cached_property
     def prefill_seconds(self) -> float:
         """Until the workload's prompt is read."""
         return self.costs.prefill_seconds()
@@ -229,14 +234,14 @@ def _rank(plan: Plan, objective: Objective) -> tuple[float, ...]:
     """
     margin = _UNEVEN_ROUTER if plan.layout.expert_parallel else 1.0
     seconds_per_token = float(f"{margin / plan.tokens_per_second:.3g}")
-    step = float(f"{margin * plan.decode.seconds:.3g}")
+    alone = float(f"{margin * plan.alone.seconds:.3g}")
     devices = plan.layout.num_devices
     tie = (plan.costs.collectives_per_pass(), plan.layout.tensor * plan.layout.pipeline, plan.prefill_seconds)
     match objective:
         case "throughput":
             return (seconds_per_token, devices, *tie)
         case "latency":
-            return (step, seconds_per_token, devices, *tie)
+            return (alone, plan.prefill_seconds, seconds_per_token, devices, *tie)
         case "devices":
             return (devices, seconds_per_token, *tie)
 

@@ -1,4 +1,4 @@
-"""A plot in SVG, written by hand: two logarithmic axes, a few lines or clouds of points, a legend."""
+"""A plot in SVG, written by hand: two logarithmic axes, a few lines, a legend."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
 _WIDTH, _HEIGHT = 760, 460
 _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 24, 48, 56
@@ -15,32 +16,36 @@ _STEPS = (1, 2, 5)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """Points of one kind.
+    """A line.
 
     Attributes:
         name: In the legend.
-        points: (x, y), both positive, with the label of each or "".
-        line: Whether they are joined, in their order.
+        points: (x, y), both positive, in the order in which they are joined.
     """
 
     name: str
-    points: Sequence[tuple[float, float, str]]
-    line: bool = True
+    points: Sequence[tuple[float, float]]
 
 
-def log_plot(series: Sequence[Series], *, title: str, x_title: str, y_title: str) -> str:
-    """An SVG document of all series."""
+def log_plot(
+    series: Sequence[Series], *, title: str, x_title: str, y_title: str, legend: Literal["top", "bottom"] = "top"
+) -> str:
+    """An SVG document of all series, with the legend in the left corner that is likelier to be empty."""
     points = [point for each in series for point in each.points]
-    x_axis = _Axis([x for x, _, _ in points], _LEFT, _WIDTH - _RIGHT)
-    y_axis = _Axis([y for _, y, _ in points], _HEIGHT - _BOTTOM, _TOP)
+    x_axis = _Axis([x for x, _ in points], _LEFT, _WIDTH - _RIGHT)
+    y_axis = _Axis([y for _, y in points], _HEIGHT - _BOTTOM, _TOP)
     marks = [f'<text x="{_LEFT}" y="24" class="title">{escape(title)}</text>']
     marks += [_vertical_line(x_axis.place(tick), f"{tick:,g}") for tick in x_axis.ticks]
     marks += [_horizontal_line(y_axis.place(tick), f"{tick:,g}") for tick in y_axis.ticks]
     marks.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 12, x_title, anchor="middle"))
     marks.append(f'<g transform="translate(18 {(_TOP + _HEIGHT - _BOTTOM) / 2}) rotate(-90)">')
     marks.append(_text(0, 0, y_title, anchor="middle") + "</g>")
+    legend_y = _TOP + 16 if legend == "top" else _HEIGHT - _BOTTOM - 18 * len(series)
     for number, each in enumerate(series):
-        marks += _drawn(each, _COLORS[number % len(_COLORS)], number, x_axis, y_axis)
+        color = _COLORS[number % len(_COLORS)]
+        marks += _line(each, color, x_axis, y_axis)
+        marks.append(f'<circle cx="{_LEFT + 14}" cy="{legend_y + 18 * number - 4}" r="4" fill="{color}"/>')
+        marks.append(_text(_LEFT + 26, legend_y + 18 * number, each.name, anchor="start"))
     body = "\n  ".join(marks)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
@@ -75,21 +80,11 @@ class _Axis:
         return self._start + share * (self._stop - self._start)
 
 
-def _drawn(series: Series, color: str, number: int, x_axis: _Axis, y_axis: _Axis) -> list[str]:
-    places = [(x_axis.place(x), y_axis.place(y), label) for x, y, label in series.points]
-    marks = []
-    if series.line:
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in places)
-        marks.append(f'<polyline points="{path}" class="line" stroke="{color}"/>')
-    marks += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y, _ in places]
-    for x, y, label in places:
-        if label:
-            right = x > _WIDTH * 0.65
-            marks.append(_text(x - 8 if right else x + 8, y + 4, label, anchor="end" if right else "start"))
-    legend_y = _TOP + 16 + 18 * number
-    marks.append(f'<circle cx="{_LEFT + 14}" cy="{legend_y - 4}" r="4" fill="{color}"/>')
-    marks.append(_text(_LEFT + 26, legend_y, series.name, anchor="start"))
-    return marks
+def _line(series: Series, color: str, x_axis: _Axis, y_axis: _Axis) -> list[str]:
+    places = [(x_axis.place(x), y_axis.place(y)) for x, y in series.points]
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    dots = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>' for x, y in places]
+    return [f'<polyline points="{path}" class="line" stroke="{color}"/>', *dots]
 
 
 def _vertical_line(x: float, label: str) -> str:

@@ -23,6 +23,7 @@ from aios_parallel.planning.plot import Series, log_plot
 from aios_parallel.planning.quantities import show_number
 
 _MOST_RANKS = 16
+_MOST_LINES = 5
 _NARROW: dict[str, Any] = {"show_edge": False, "padding": 0}  # thirteen columns in eighty characters
 
 
@@ -130,6 +131,7 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
         "decode_communicating_seconds": decode.communicating,
         "num_micro_batches": decode.num_micro_batches,
         "bubble": decode.bubble,
+        "alone_seconds": plan.alone.seconds,
         "prefill_seconds": plan.prefill_seconds,
         "tokens_per_second": plan.tokens_per_second,
         "decode_speedup": plan.decode_speedup,
@@ -142,18 +144,20 @@ def plan_figures(plan: Plan) -> dict[str, Any]:
 
 
 def plan_plot(report: PlanReport) -> str:
-    """Time per token against tokens per second of the plans that fit, as SVG: up and to the left is better."""
-    series = []
-    best = report.recommendation.plan
-    for name in dict.fromkeys(plan.scheme.name for plan in report.plans):
-        points = [
-            (plan.decode.seconds * 1e3, plan.tokens_per_second, str(plan.layout) if plan is best else "")
-            for plan in report.plans
-            if plan.fits and plan.scheme.name == name
-        ]
-        series.append(Series(name=name, points=points, line=False))
-    title = f"{report.model} on {report.cluster.num_devices} × {report.cluster.device.name}"
-    return log_plot(series, title=title, x_title="ms per decode step", y_title="tokens per second")
+    """What a sequence gets against what all get, from one sequence to the most that fit, as SVG: for the best plans."""
+    ranked = rank_plans(report.plans, report.objective)
+    chosen = list(dict.fromkeys([report.recommendation.plan, *ranked]))[:_MOST_LINES]
+    series = [
+        Series(name=f"{plan.layout}, {plan.scheme.name}: up to {plan.costs.largest_batch:,}", points=_throughputs(plan))
+        for plan in chosen
+    ]
+    return log_plot(
+        series,
+        title=f"{report.model} on {report.cluster.num_devices} × {report.cluster.device.name}, from one sequence on",
+        x_title="tokens per second of each sequence",
+        y_title="tokens per second of all",
+        legend="bottom",
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -162,6 +166,14 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise AiosError(f"{path} cannot be written: {error}") from error
+
+
+def _throughputs(plan: Plan) -> list[tuple[float, float]]:
+    """Of each sequence and of all, for batches that double up to the largest."""
+    most = plan.costs.largest_batch // plan.layout.data
+    batches = sorted({*(1 << power for power in range(most.bit_length())), most})
+    rates = [(1 / plan.costs.decode(sequences=batch).seconds, batch * plan.layout.data) for batch in batches]
+    return [(rate, rate * batch) for rate, batch in rates]
 
 
 def _size(config: ModelConfig) -> str:
@@ -241,16 +253,17 @@ def _plan_table(report: PlanReport, num_rows: int) -> Table:
     ranked = rank_plans(report.plans, report.objective)
     title = f"the best of {len(ranked)} plans that fit, of {len(report.plans)} (for {report.objective})"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, caption_justify="left", **_NARROW)
-    for heading in ("TP", "PP", "DP", "weights", "GB", "step", "tok/s", "prefill", "x dec", "x pre", "comm", "sent"):
+    for heading in ("TP", "PP", "DP", "weights", "GB", "step", "tok/s", "alone", "prefill", "x dec", "x pre"):
         table.add_column(heading, justify="left" if heading == "weights" else "right", no_wrap=True)
-    table.add_column("batch", justify="right", no_wrap=True)
+    for heading in ("comm", "sent", "batch"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for plan in ranked[:num_rows]:
         table.add_row(*_cells(plan), style="bold" if plan is report.recommendation.plan else None)
     table.caption = (
-        "GB: used on the fullest rank. step: ms for one token of every sequence. prefill: ms to the first token of a "
-        "prompt. x dec, x pre: decode and prefill against one device with the same weights and as many of the sequences as fit "
-        "there; - if none does. comm: share of a step in collectives. sent: kB per token by the rank that sends most. "
-        "batch: most sequences that fit."
+        "GB: used on the fullest rank. step: ms for one token of every sequence. alone: of one sequence on an idle "
+        "system. prefill: ms to the first token of a prompt. x dec, x pre: decode and prefill against one device with "
+        "the same weights and as many of the sequences as fit there; - if none does. comm: share of a step in "
+        "collectives. sent: kB per token by the rank that sends most. batch: most sequences that fit."
     )
     return table
 
@@ -265,6 +278,7 @@ def _cells(plan: Plan) -> list[str]:
         show_number((plan.memory.used - plan.memory.reserve) / 1e9),
         show_number(plan.decode.seconds * 1e3),
         show_number(plan.tokens_per_second),
+        show_number(plan.alone.seconds * 1e3),
         show_number(plan.prefill_seconds * 1e3),
         *speedups,
         f"{plan.decode.communicating / plan.decode.seconds:.0%}",

@@ -83,7 +83,7 @@ def weak_scaling(
 
 def scaling_table(points: Sequence[ScalingPoint], *, title: str) -> Table:
     """A row per point."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, caption_justify="left", show_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, caption_justify="left", padding=(0, 0, 0, 1))
     for heading in ("hosts", "TP", "PP", "DP", "batch", "GB", "step", "tok/s", "efficiency", "comm", "bubble"):
         table.add_column(heading, justify="right", no_wrap=True)
     for number, point in enumerate(points):
@@ -106,10 +106,10 @@ def scaling_plot(points: Sequence[ScalingPoint], *, title: str) -> str:
     for name in dict.fromkeys(point.name for point in fitting):
         own = [point for point in fitting if point.name == name]
         joined = own if name == "TP" else [*inside[-1:], *own]
-        series.append(Series(name=name, points=[(*_place(point), "") for point in joined]))
+        series.append(Series(name=name, points=[_place(point) for point in joined]))
     start, end = fitting[0], max(fitting, key=lambda point: point.plan.layout.num_devices)
     devices = (start.plan.layout.num_devices, end.plan.layout.num_devices)
-    ideal = [(float(count), _per_device(start.plan) * count, "") for count in devices]
+    ideal = [(float(count), _per_device(start.plan) * count) for count in devices]
     series.append(Series(name="perfect", points=ideal))
     return log_plot(series, title=title, x_title="devices", y_title="tokens per second")
 
