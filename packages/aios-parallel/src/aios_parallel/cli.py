@@ -280,14 +280,11 @@ def plan(
         ),
     ] = None,
     enable_expert_parallel: Annotated[
-        bool | None,
+        bool,
         typer.Option(
-            "--enable-expert-parallel/--no-enable-expert-parallel",
-            rich_help_panel=_CHOICE,
-            help="Only plans with, or without, whole experts per rank.",
-            show_default="any",
+            "--enable-expert-parallel", rich_help_panel=_CHOICE, help="Only plans with whole experts per rank."
         ),
-    ] = None,
+    ] = False,
     top: Annotated[int, typer.Option(rich_help_panel=_OUTPUT, min=1, help="Plans to list.")] = 12,
     json: Json = False,
     plot: Plot = None,
@@ -336,7 +333,7 @@ def plan(
         tensor=tensor_parallel_size,
         pipeline=pipeline_parallel_size,
         data=data_parallel_size,
-        expert_parallel=enable_expert_parallel,
+        expert_parallel=enable_expert_parallel or None,
     )
     plans = find_plans(config, schemes, cluster, work, wanted=wanted)
     report = PlanReport(

@@ -118,7 +118,7 @@ class ModelLoads:
 
     Attributes:
         stages: Layers of each stage.
-        ranks: Loads of the ranks of each stage, [pipeline][tensor].
+        ranks: Loads by stage, and by rank of the tensor-parallel group.
         shards: What the ranks hold of each kind of layer.
     """
 
