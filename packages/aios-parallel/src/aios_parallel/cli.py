@@ -4,14 +4,40 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
 
 from aios_model.errors import AiosError, ConfigError
+from aios_parallel.cli_options import (
+    CHOICE,
+    HARDWARE,
+    OUTPUT,
+    WORK,
+    Bandwidth,
+    Collectives,
+    Context,
+    DeviceType,
+    Flops,
+    Interconnect,
+    Json,
+    KVCacheDType,
+    KVDType,
+    LinkBandwidth,
+    LinkLatency,
+    Memory,
+    ModelArgument,
+    Network,
+    NetworkBandwidth,
+    NetworkLatency,
+    Objective,
+    Plot,
+    Prompt,
+    Revision,
+    StepTokens,
+    Utilization,
+)
 
 if TYPE_CHECKING:
     from aios_model.config import ModelConfig
@@ -36,152 +62,6 @@ Tells how to spread a model over the devices you have, or think of renting, and 
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", help=HELP)
-
-_HARDWARE = "Hardware"
-_WORK = "Work"
-_CHOICE = "What to look for"
-_OUTPUT = "Output"
-
-
-class KVCacheDType(StrEnum):
-    """Values of --kv-cache-dtype."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-
-
-class Objective(StrEnum):
-    """Values of --objective."""
-
-    throughput = "throughput"
-    latency = "latency"
-    devices = "devices"
-
-
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="MODEL", help="Folder (config.json is enough), GGUF file or hub name.", show_default="bundled"
-    ),
-]
-DeviceType = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=_HARDWARE,
-        metavar="NAME",
-        help="cpu measures this machine; b200, h200, h100, mi300x, a100-80, a100-40, l40s, l4, t4, rtx-4090 and "
-        "rtx-3090 come from datasheets.",
-    ),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=_HARDWARE, metavar="BYTES", help="Of one device: 80GB, 80GiB.", show_default="datasheet"
-    ),
-]
-Bandwidth = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=_HARDWARE, metavar="BYTES/s", help="Of its memory.", show_default="datasheet"),
-]
-Flops = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=_HARDWARE,
-        metavar="FLOPS",
-        help="Dense 16-bit operations per second, such as 989T; other rates change alike.",
-        show_default="datasheet",
-    ),
-]
-Interconnect = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=_HARDWARE,
-        metavar="NAME",
-        help="Between devices of one host: nvlink, infinity-fabric, pcie, shared-memory, or a network. auto: the "
-        "device's best.",
-    ),
-]
-Network = Annotated[
-    str,
-    typer.Option(
-        rich_help_panel=_HARDWARE,
-        metavar="NAME",
-        help="Between hosts: ethernet (100 Gbit/s), ethernet-10, -25, -400, infiniband (400 Gbit/s), infiniband-200.",
-    ),
-]
-LinkBandwidth = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=_HARDWARE, metavar="BYTES/s", help="Of the interconnect, one way.", show_default="datasheet"
-    ),
-]
-LinkLatency = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=_HARDWARE, metavar="SECONDS", help="Of a small message there, such as 5us.", show_default="ours"
-    ),
-]
-NetworkBandwidth = Annotated[
-    str | None,
-    typer.Option(
-        rich_help_panel=_HARDWARE,
-        metavar="BYTES/s",
-        help="Of the network, such as 25Gbit/s.",
-        show_default="its name's",
-    ),
-]
-NetworkLatency = Annotated[
-    str | None,
-    typer.Option(rich_help_panel=_HARDWARE, metavar="SECONDS", help="Of a small message there.", show_default="ours"),
-]
-Collectives = Annotated[
-    Path | None,
-    typer.Option(
-        rich_help_panel=_HARDWARE, metavar="FILE", help="Measured times of collectives (JSON), instead of the formula."
-    ),
-]
-Context = Annotated[
-    int | None,
-    typer.Option(
-        rich_help_panel=_WORK,
-        min=1,
-        help="Tokens of each sequence in the KV cache.",
-        show_default="8192 or the model's",
-    ),
-]
-Prompt = Annotated[
-    int | None,
-    typer.Option(
-        rich_help_panel=_WORK,
-        min=1,
-        help="Tokens of the prompt whose reading is timed.",
-        show_default="2048 or the context",
-    ),
-]
-StepTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--max-num-batched-tokens",
-        rich_help_panel=_WORK,
-        min=1,
-        help="Tokens per step: longer prompts are read in chunks.",
-        show_default="CPU 256, GPU 2048",
-    ),
-]
-KVDType = Annotated[
-    KVCacheDType, typer.Option("--kv-cache-dtype", rich_help_panel=_WORK, help="Numbers in the KV pages.")
-]
-Utilization = Annotated[
-    float,
-    typer.Option(
-        "--device-memory-utilization", rich_help_panel=_WORK, help="Share of the memory to use; the rest is a reserve."
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Json = Annotated[bool, typer.Option("--json", rich_help_panel=_OUTPUT, help="Print JSON instead of tables.")]
-Plot = Annotated[Path | None, typer.Option(rich_help_panel=_OUTPUT, metavar="FILE", help="Draw a plot here, as SVG.")]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -211,8 +91,8 @@ def main(args: Sequence[str] | None = None) -> None:
 def plan(
     model: ModelArgument = None,
     *,
-    devices: Annotated[int, typer.Option(rich_help_panel=_HARDWARE, min=1, help="Devices, in all hosts together.")] = 1,
-    hosts: Annotated[int, typer.Option(rich_help_panel=_HARDWARE, min=1, help="Hosts they are in, evenly.")] = 1,
+    devices: Annotated[int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Devices, in all hosts together.")] = 1,
+    hosts: Annotated[int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Hosts they are in, evenly.")] = 1,
     device_type: DeviceType = "cpu",
     memory: Memory = None,
     bandwidth: Bandwidth = None,
@@ -224,7 +104,7 @@ def plan(
     network_bandwidth: NetworkBandwidth = None,
     network_latency: NetworkLatency = None,
     collectives: Collectives = None,
-    batch: Annotated[int, typer.Option(rich_help_panel=_WORK, min=1, help="Sequences decoded together.")] = 64,
+    batch: Annotated[int, typer.Option(rich_help_panel=WORK, min=1, help="Sequences decoded together.")] = 64,
     context: Context = None,
     prompt: Prompt = None,
     max_num_batched_tokens: StepTokens = None,
@@ -233,7 +113,7 @@ def plan(
     quantization: Annotated[
         str,
         typer.Option(
-            rich_help_panel=_CHOICE,
+            rich_help_panel=CHOICE,
             metavar="SCHEME,…",
             help="Weights to plan with: none, int8, fp8, int4 (int4-g32, -g64, -g128), as-stored. auto: as stored if "
             "the checkpoint is packed, else none, int8 and int4.",
@@ -242,7 +122,7 @@ def plan(
     objective: Annotated[
         Objective,
         typer.Option(
-            rich_help_panel=_CHOICE,
+            rich_help_panel=CHOICE,
             help="throughput: most tokens per second. latency: fastest for one user alone. devices: fewest devices.",
         ),
     ] = Objective.throughput,
@@ -251,7 +131,7 @@ def plan(
         typer.Option(
             "--tensor-parallel-size",
             "-tp",
-            rich_help_panel=_CHOICE,
+            rich_help_panel=CHOICE,
             min=1,
             help="Only plans with this TP.",
             show_default="any",
@@ -262,7 +142,7 @@ def plan(
         typer.Option(
             "--pipeline-parallel-size",
             "-pp",
-            rich_help_panel=_CHOICE,
+            rich_help_panel=CHOICE,
             min=1,
             help="Only plans with this PP.",
             show_default="any",
@@ -273,7 +153,7 @@ def plan(
         typer.Option(
             "--data-parallel-size",
             "-dp",
-            rich_help_panel=_CHOICE,
+            rich_help_panel=CHOICE,
             min=1,
             help="Only plans with this DP.",
             show_default="any",
@@ -282,10 +162,10 @@ def plan(
     enable_expert_parallel: Annotated[
         bool,
         typer.Option(
-            "--enable-expert-parallel", rich_help_panel=_CHOICE, help="Only plans with whole experts per rank."
+            "--enable-expert-parallel", rich_help_panel=CHOICE, help="Only plans with whole experts per rank."
         ),
     ] = False,
-    top: Annotated[int, typer.Option(rich_help_panel=_OUTPUT, min=1, help="Plans to list.")] = 12,
+    top: Annotated[int, typer.Option(rich_help_panel=OUTPUT, min=1, help="Plans to list.")] = 12,
     json: Json = False,
     plot: Plot = None,
     revision: Revision = None,
@@ -360,9 +240,9 @@ def scaling(
     model: ModelArgument = None,
     *,
     max_devices_per_host: Annotated[
-        int, typer.Option(rich_help_panel=_HARDWARE, min=1, help="Largest TP, within a host.")
+        int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Largest TP, within a host.")
     ] = 8,
-    max_hosts: Annotated[int, typer.Option(rich_help_panel=_HARDWARE, min=1, help="Most hosts.")] = 8,
+    max_hosts: Annotated[int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Most hosts.")] = 8,
     device_type: DeviceType = "h100",
     memory: Memory = None,
     bandwidth: Bandwidth = None,
@@ -375,7 +255,7 @@ def scaling(
     network_latency: NetworkLatency = None,
     collectives: Collectives = None,
     batch_per_device: Annotated[
-        int, typer.Option(rich_help_panel=_WORK, min=1, help="Sequences decoded together, per device.")
+        int, typer.Option(rich_help_panel=WORK, min=1, help="Sequences decoded together, per device.")
     ] = 16,
     context: Context = None,
     prompt: Prompt = None,
@@ -384,10 +264,10 @@ def scaling(
     device_memory_utilization: Utilization = 0.9,
     quantization: Annotated[
         str,
-        typer.Option(rich_help_panel=_WORK, metavar="SCHEME", help="Weights: none, int8, fp8, int4, as-stored."),
+        typer.Option(rich_help_panel=WORK, metavar="SCHEME", help="Weights: none, int8, fp8, int4, as-stored."),
     ] = "none",
     enable_expert_parallel: Annotated[
-        bool, typer.Option("--enable-expert-parallel", rich_help_panel=_WORK, help="Whole experts per rank.")
+        bool, typer.Option("--enable-expert-parallel", rich_help_panel=WORK, help="Whole experts per rank.")
     ] = False,
     json: Json = False,
     plot: Plot = None,
