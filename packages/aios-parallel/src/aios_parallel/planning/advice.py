@@ -123,7 +123,8 @@ def _about_groups(best: Plan, same: Sequence[Plan]) -> Iterator[str]:
     yield from _compare(best, [plan for plan in same if plan.layout.tensor == 1], "without TP")
     if not any(plan.layout.tensor == plan.layout.pipeline == 1 for plan in same):
         room = best.baseline.max_batch
-        yield "One device cannot hold " + (f"more than {room} of the sequences." if room else "the model.")
+        if room < best.costs.workload.batch:
+            yield "One device cannot hold " + (f"more than {room} of the sequences." if room else "the model.")
 
 
 def _about_hosts(best: Plan, same: Sequence[Plan]) -> Iterator[str]:
