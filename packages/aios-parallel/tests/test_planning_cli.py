@@ -157,10 +157,10 @@ def test_replicated_kv_heads_are_counted(plan):
 
 
 def test_padding_is_named(plan):
-    raw = QWEN_8B | {"num_attention_heads": 9, "num_key_value_heads": 3}
-    best = plan(raw, "--devices", "2", "--device-type", "h100", "-tp", "2")["recommended"]
-    assert any("9 query heads do not divide by 2: padding makes them 12" in each for each in best["reasons"])
-    assert [rank["kv_heads"] for rank in best["ranks"]] == [[0, 2], [1, 3]]
+    raw = QWEN_8B | {"num_attention_heads": 10, "num_key_value_heads": 2}
+    best = plan(raw, "--devices", "3", "--device-type", "h100", "-tp", "3")["recommended"]
+    assert any("10 query heads do not divide by 3: padding makes them 11" in each for each in best["reasons"])
+    assert [rank["kv_heads"] for rank in best["ranks"]] == [[0, 1], [0, 2], [1, 2]]
 
 
 def test_experts_go_to_ranks_on_request(plan):

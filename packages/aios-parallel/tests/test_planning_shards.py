@@ -63,10 +63,17 @@ def test_ranks_hold_their_query_heads_once_and_every_kv_head_that_these_use(num_
         assert all(len(shard.kv_heads) == 1 for shard in shards)
 
 
-def test_nine_heads_over_two_ranks_share_a_kv_head_and_pad_to_the_widest_group():
+def test_nine_heads_over_two_ranks_go_with_their_kv_heads():
     first, second = split_heads(9, 3, 2)
-    assert (first.query_heads, first.kv_heads, first.num_padded) == (range(4), range(2), 6)
-    assert (second.query_heads, second.kv_heads, second.num_padded) == (range(4, 9), range(1, 3), 6)
+    assert (first.query_heads, first.kv_heads, first.num_padded) == (range(3), range(1), 3)
+    assert (second.query_heads, second.kv_heads, second.num_padded) == (range(3, 9), range(1, 3), 6)
+
+
+def test_ranks_that_share_a_kv_head_pad_to_the_widest_group():
+    shards = split_heads(10, 2, 3)
+    assert [shard.query_heads for shard in shards] == [range(3), range(3, 6), range(6, 10)]
+    assert [shard.kv_heads for shard in shards] == [range(1), range(2), range(1, 2)]
+    assert [shard.num_padded for shard in shards] == [3, 4, 4]
 
 
 def test_nine_heads_over_four_ranks():

@@ -60,10 +60,21 @@ def split_evenly(total: int, parts: int, *, unit: int = 1) -> list[range]:
 
 
 def split_heads(num_query_heads: int, num_kv_heads: int, ranks: int) -> list[HeadShard]:
-    """The heads of each rank."""
+    """The heads of each rank: query heads one by one, or by kv head where that is as quick and holds fewer of these."""
     group = num_query_heads // num_kv_heads
+    choices = [_head_shards(split_evenly(num_query_heads, ranks), group)]
+    if num_kv_heads >= ranks:
+        choices.append(_head_shards(split_evenly(num_query_heads, ranks, unit=group), group))
+    return min(choices, key=_head_cost)
+
+
+def _head_cost(shards: Sequence[HeadShard]) -> tuple[int, int]:
+    return max(shard.num_padded for shard in shards), sum(len(shard.kv_heads) for shard in shards)
+
+
+def _head_shards(query_heads: Sequence[range], group: int) -> list[HeadShard]:
     shards = []
-    for heads in split_evenly(num_query_heads, ranks):
+    for heads in query_heads:
         kv_heads = range(heads.start // group, (heads.stop - 1) // group + 1)
         widest = max(min(heads.stop, (kv_head + 1) * group) - max(heads.start, kv_head * group) for kv_head in kv_heads)
         shards.append(HeadShard(query_heads=heads, kv_heads=kv_heads, num_padded=widest * len(kv_heads)))
@@ -109,8 +120,8 @@ def check_tensor_parallel(
     if ranks > config.num_attention_heads:
         raise PlanError(f"TP={ranks} exceeds the {config.num_attention_heads} query heads; every rank needs one")
     unit = scheme.column_unit
-    heads = split_evenly(config.num_attention_heads, ranks)
-    if any(shard.start * spec.head_dim % unit for shard in heads):
+    heads = split_heads(config.num_attention_heads, spec.num_key_value_heads, ranks)
+    if any(shard.query_heads.start * spec.head_dim % unit for shard in heads):
         raise PlanError(
             f"TP={ranks} with {scheme.name} would cut groups of {unit} columns: heads have {spec.head_dim}; "
             "choose a scheme with smaller groups"
