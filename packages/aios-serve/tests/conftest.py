@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -119,6 +120,7 @@ class ScriptedEngine:
     max_model_len: int = MAX_MODEL_LEN
     load_seconds: float = 0.0
     load_error: Exception | None = None
+    num_restarts: int = 0
 
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
@@ -176,6 +178,10 @@ class ScriptedEngine:
             import_seconds=2.0,
             load_seconds=1.0,
         )
+
+    @property
+    def replicas(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(num_restarts=self.num_restarts)]
 
     def is_healthy(self) -> bool:
         return self.healthy and self.state in (EngineState.READY, EngineState.DRAINING)

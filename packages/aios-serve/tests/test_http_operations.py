@@ -68,6 +68,7 @@ async def test_detokenize_refuses_what_is_no_token(client, tokens):
         (EngineState.READY, True, 200, 200),
         (EngineState.READY, False, 503, 503),  # stuck
         (EngineState.DRAINING, True, 200, 503),
+        (EngineState.RESTARTING, True, 503, 503),
         (EngineState.DEAD, True, 503, 503),
     ],
 )
@@ -79,6 +80,14 @@ async def test_health_is_about_life_and_ready_about_new_requests(client, engine,
     response = await client.get("/ready")
     assert response.status_code == ready
     assert "/srv" not in response.text
+
+
+@pytest.mark.parametrize("state", EngineState)
+async def test_live_is_false_only_when_nothing_but_a_new_server_helps(client, engine, state):
+    engine.state = state
+    response = await client.get("/live")
+    assert response.status_code == (503 if state is EngineState.DEAD else 200)
+    assert response.json() == {"status": str(state)}
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny"])
@@ -203,6 +212,12 @@ async def test_request_without_tokens_has_no_latencies(client, engine):
     samples = await metrics(client)
     assert samples[("vllm:request_prefill_time_seconds_count",)].value == 0
     assert samples[("vllm:e2e_request_latency_seconds_count",)].value == 1
+
+
+async def test_restarts_are_counted(client, engine):
+    engine.num_restarts = 3
+    samples = await metrics(client)
+    assert samples[("aios:engine_restarts_total",)].value == 3
 
 
 async def test_metrics_answer_while_loading(client, engine):

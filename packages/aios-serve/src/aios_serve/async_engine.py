@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aios_model.errors import InvalidRequestError
@@ -13,6 +14,7 @@ from aios_serve.engine_client import ProcessClient, ThreadClient
 from aios_serve.engine_process import build_with_progress, serve
 from aios_serve.listener import EngineListener
 from aios_serve.output_processor import OutputProcessor
+from aios_serve.replica_set import ReplicaSet
 from aios_serve.request_desk import RequestDesk
 from aios_serve.served_model import ServedModel, find_model
 from aios_serve.supervisor import EngineState, EngineSupervisor
@@ -27,10 +29,11 @@ if TYPE_CHECKING:
     from aios_sched.stats import EngineStats
     from aios_serve.config import EngineConfig
     from aios_serve.engine_client import EngineClient
-    from aios_serve.errors import EngineDeadError
+    from aios_serve.errors import EngineUnavailableError
     from aios_serve.messages import Event
     from aios_serve.model_info import EngineInfo
     from aios_serve.outputs import RequestDelta
+    from aios_serve.restart_budget import RestartBudget
 
 __all__ = ["AsyncEngine", "EngineListener", "EngineState"]
 
@@ -38,32 +41,36 @@ __all__ = ["AsyncEngine", "EngineListener", "EngineState"]
 class AsyncEngine:
     """Many requests at once on one engine.
 
-    Life: `start()` → state "loading" → "ready" → `drain()` → "draining" → `shutdown()` → "dead". A crash leads to
-    "dead" from anywhere, and `state_detail` says why. All methods belong to the event loop that called `start()`.
+    Life: `start()` → state "loading" → "ready" → `drain()` → "draining" → `shutdown()` → "dead". An engine that crashes
+    or hangs is started again: "restarting" → "ready". One that fails at its first start, or too often, is "dead", and
+    `state_detail` says why. All methods belong to the event loop that called `start()`.
 
     Args:
         config: The options.
-        client: Connection to the engine; None starts a process or a thread, as `config.engine_process` says.
+        new_client: Makes a connection to an engine that is not started yet; None starts a process or a thread, as
+            `config.engine_process` says.
         find: Resolves the configured model to files.
         read: Reads tokenizer, shape and defaults from these files.
+        new_budget: How often and how soon an engine is restarted; None reads `config.max_engine_restarts`.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         *,
-        client: EngineClient | None = None,
+        new_client: Callable[[], EngineClient] | None = None,
         find: Callable[[EngineConfig], ModelFiles] = find_model,
         read: Callable[[EngineConfig, ModelFiles], ServedModel] = ServedModel.read,
+        new_budget: Callable[[], RestartBudget] | None = None,
     ) -> None:
         self._config = config
-        self._supervisor = EngineSupervisor(
+        self._replicas = ReplicaSet(
             config,
-            client=client or _client_for(config),
+            new_client=new_client or partial(_client_for, config),
             find=find,
             read=read,
-            on_event=self._on_event,
-            on_death=self._on_death,
+            listener=self,
+            new_budget=new_budget,
         )
         self._desk: RequestDesk | None = None
         self._listeners: list[EngineListener] = []
@@ -74,14 +81,19 @@ class AsyncEngine:
         return self._config
 
     @property
+    def replicas(self) -> Sequence[EngineSupervisor]:
+        """The engines one by one."""
+        return self._replicas.supervisors
+
+    @property
     def state(self) -> EngineState:
         """Where the engine stands."""
-        return self._supervisor.state
+        return self._replicas.state
 
     @property
     def state_detail(self) -> str:
         """One line for people: "loading weights 41%", or why the engine is dead. Empty when there is nothing to say."""
-        return self._supervisor.detail
+        return self._replicas.detail
 
     @property
     def model_name(self) -> str:
@@ -95,22 +107,22 @@ class AsyncEngine:
     @property
     def model_names(self) -> tuple[str, ...]:
         """Every name under which the model is served; raises as `model_name` does."""
-        return self._config.served_model_name or self._supervisor.model.names
+        return self._config.served_model_name or self._replicas.model.names
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, in this process; raises EngineLoadingError until it is loaded."""
-        return self._supervisor.model.tokenizer
+        return self._replicas.model.tokenizer
 
     @property
     def generation_defaults(self) -> GenerationDefaults:
         """Sampling defaults that come with the model; raises EngineLoadingError until they are read."""
-        return self._supervisor.model.generation_defaults
+        return self._replicas.model.generation_defaults
 
     @property
     def vocab_size(self) -> int:
         """Width of the output layer: every token id of a request must be below it. Raises EngineLoadingError early."""
-        return self._supervisor.model.config.vocab_size
+        return self._replicas.model.config.vocab_size
 
     @property
     def max_model_len(self) -> int:
@@ -120,7 +132,7 @@ class AsyncEngine:
     @property
     def info(self) -> EngineInfo:
         """The engine as built; raises EngineLoadingError until it is ready."""
-        return self._supervisor.info
+        return self._replicas.info
 
     @property
     def num_open_requests(self) -> int:
@@ -130,14 +142,13 @@ class AsyncEngine:
     def is_healthy(self) -> bool:
         """Whether the engine is ready (or draining), its process lives, and its loop gave a sign of life recently.
 
-        The deadline is `config.heartbeat_timeout`, or four times the longest step so far if that is more: a large
-        model on a small machine can take its time over one chunk of a prompt.
+        How long a silence may last is decided in `pulse.py`.
         """
-        return self._supervisor.is_healthy()
+        return self._replicas.is_healthy()
 
     def stats(self) -> EngineStats | None:
         """The engine's latest counters; None until it is ready."""
-        return self._supervisor.stats
+        return self._replicas.stats
 
     def subscribe(self, listener: EngineListener) -> None:
         """Tell `listener` about steps, tokens and finished requests from now on."""
@@ -149,7 +160,7 @@ class AsyncEngine:
         With `config.engine_process` False the engine runs in a thread of this process instead, for debugging.
         What goes wrong is reported by `wait_ready()`.
         """
-        self._supervisor.start()
+        self._replicas.start()
 
     async def wait_ready(self) -> None:
         """Wait until the engine is ready.
@@ -158,7 +169,7 @@ class AsyncEngine:
             AiosError: what prevented it: ModelNotFoundError, ConfigError, ... if found in this process, and
                 EngineDeadError with the reason if the engine process reported it or died.
         """
-        await self._supervisor.wait_ready()
+        await self._replicas.wait_ready()
 
     def check_request(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Do the checks of `generate()` without generating, so that a route can refuse before it answers.
@@ -193,7 +204,7 @@ class AsyncEngine:
 
         Raises, at any `anext`:
             RequestFailedError: this request failed inside the engine.
-            EngineDeadError: the engine died.
+            EngineRestartingError, EngineDeadError: the engine died, for now or for good.
         """
         params = self._admit(prompt_token_ids, params)
         stream = self._requests.stream(
@@ -210,7 +221,7 @@ class AsyncEngine:
     async def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False if requests still hold pages of them."""
         if self.state not in (EngineState.READY, EngineState.DRAINING):
-            raise self._supervisor.unavailable()
+            raise self._replicas.unavailable()
         return await self._requests.reset_prefix_cache()
 
     async def drain(self, timeout: float) -> bool:
@@ -218,7 +229,7 @@ class AsyncEngine:
 
         Returns whether all of them finished by themselves.
         """
-        self._supervisor.begin_drain()
+        self._replicas.begin_drain()
         return self._desk is None or await self._desk.finish(timeout)
 
     async def shutdown(self) -> None:
@@ -226,20 +237,20 @@ class AsyncEngine:
 
         Can be called in any state and more than once.
         """
-        await self._supervisor.shutdown()
+        await self._replicas.shutdown()
 
     @property
     def _requests(self) -> RequestDesk:
         """The desk opens once the model is read."""
         if self._desk is None:
-            model, seed = self._supervisor.model, self._config.seed
+            model, seed = self._replicas.model, self._config.seed
             processor = OutputProcessor(model.tokenizer, eos_token_ids=model.eos_token_ids, seed=seed)
-            self._desk = RequestDesk(processor, self._supervisor.send, self._listeners)
+            self._desk = RequestDesk(processor, self._replicas.supervisors[0].send, self._listeners)
         return self._desk
 
     def _admit(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> SamplingParams:
         if self.state is not EngineState.READY:
-            raise self._supervisor.unavailable()
+            raise self._replicas.unavailable()
         params = resolve_bad_words(params, self.tokenizer)
         AdmissionLimits.of(self.info, max_logprobs=self._config.max_logprobs).check(prompt_token_ids, params)
         self._check_queue(params.n)
@@ -260,11 +271,16 @@ class AsyncEngine:
         if num_open + num_choices > room:
             raise QueueFullError(f"{num_open} sequences run or wait already, of at most {room}; try again later")
 
-    def _on_event(self, event: Event) -> None:
+    def on_event(self, replica: int, event: Event) -> None:
+        """An engine said something."""
         if self._desk is not None:
             self._desk.receive(event)
 
-    def _on_death(self, error: EngineDeadError) -> None:
+    def on_ready(self, replica: int) -> None:
+        """An engine takes requests from now on."""
+
+    def on_death(self, replica: int, error: EngineUnavailableError) -> None:
+        """An engine does not take requests any more."""
         if self._desk is not None:
             self._desk.fail_all(error)
 

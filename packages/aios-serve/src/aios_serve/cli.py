@@ -343,6 +343,22 @@ def serve(
             help="Run the engine in a process of its own. Off, one process does all, for debugging.",
         ),
     ] = ENGINE.engine_process,
+    heartbeat_timeout: Annotated[
+        float,
+        _option(
+            "--heartbeat-timeout",
+            panel=_PROCESS,
+            help="Seconds without a sign of life after which the engine counts as stuck and is started again.",
+        ),
+    ] = ENGINE.heartbeat_timeout,
+    max_engine_restarts: Annotated[
+        int,
+        _option(
+            "--max-engine-restarts",
+            panel=_PROCESS,
+            help="Restarts of an engine that died, within ten minutes, before it stays dead; 0 for none.",
+        ),
+    ] = ENGINE.max_engine_restarts,
     log_level: Annotated[
         LogLevel, _option("--log-level", panel=_PROCESS, help="How much the server says.")
     ] = LogLevel.info,
@@ -384,6 +400,8 @@ def serve(
         quantization=quantization,
         tensor_parallel=tensor_parallel_size,
         engine_process=engine_process,
+        heartbeat_timeout=heartbeat_timeout,
+        max_engine_restarts=max_engine_restarts,
         log_level=log_level.value,
     )
     server_config = ServerConfig(

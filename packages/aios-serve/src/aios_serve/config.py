@@ -64,7 +64,9 @@ class EngineConfig:
         cpu_bind: Cores that the native kernels' threads are bound to: "none", "auto" (fills one NUMA node before the
             next), or a list such as "0-3,8".
         engine_process: Run the engine in a process of its own (`AsyncEngine` only).
-        heartbeat_timeout: Seconds without a sign of life after which the engine counts as stuck.
+        heartbeat_timeout: Seconds without a sign of life after which the engine counts as stuck and is started again;
+            more where a step was seen to take long.
+        max_engine_restarts: Restarts of an engine that died, within ten minutes, before it stays dead; 0 for none.
         log_level: How much the engine process says.
     """
 
@@ -98,6 +100,7 @@ class EngineConfig:
     cpu_bind: str = "none"
     engine_process: bool = True
     heartbeat_timeout: float = 30.0
+    max_engine_restarts: int = 5
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
@@ -170,6 +173,7 @@ class EngineConfig:
             ("num_gpu_blocks_override", 1),
             ("max_num_queued_reqs", 0),
             ("max_logprobs", 0),
+            ("max_engine_restarts", 0),
             ("threads", 1),
             ("tensor_parallel", 1),
         ):

@@ -178,6 +178,12 @@ class _EngineCollector(Collector):
             counter.add_metric((self._engine.model_name, "0"), value)
             yield counter
         yield from self._cache_config()
+        restarts = CounterMetricFamily(
+            "aios:engine_restarts", "Times an engine that died was restarted.", labels=LABELS
+        )
+        for index, replica in enumerate(self._engine.replicas):
+            restarts.add_metric((self._engine.model_name, str(index)), replica.num_restarts)
+        yield restarts
 
     def _cache_config(self) -> Iterator[Metric]:
         """The pool of pages as labels of a gauge that is always 1."""

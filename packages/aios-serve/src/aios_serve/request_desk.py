@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Sequence
 
     from aios_model.sampling.params import SamplingParams
-    from aios_serve.errors import EngineDeadError
+    from aios_serve.errors import EngineUnavailableError
     from aios_serve.listener import EngineListener
     from aios_serve.messages import Command, Event
     from aios_serve.open_request import OpenRequest
@@ -116,7 +116,7 @@ class RequestDesk:
             case PrefixCacheReset():
                 _settle(self._cache_resets.pop(0), event.done)
 
-    def fail_all(self, error: EngineDeadError) -> None:
+    def fail_all(self, error: EngineUnavailableError) -> None:
         """The engine is gone."""
         for stream in self._streams.values():
             stream.fail(error)
@@ -125,6 +125,7 @@ class RequestDesk:
             self._tell_finished(request, "error")
         for done in self._cache_resets:
             _settle(done, error)
+        self._cache_resets.clear()
 
     def _close(self, request: OpenRequest) -> None:
         """The reader is done with the request, or gone; whatever still runs of it ends."""
