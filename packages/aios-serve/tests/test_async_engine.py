@@ -31,11 +31,13 @@ spec.loader.exec_module(scripted)
 
 
 def in_thread(config):
-    return scripted_engine(config, lambda: ThreadClient(lambda channel: serve(channel, scripted.build_scripted)))
+    return scripted_engine(
+        config, lambda replica: ThreadClient(lambda channel: serve(channel, scripted.build_scripted))
+    )
 
 
 def in_process(config, **options):
-    return scripted_engine(config, lambda: ProcessClient(command=[sys.executable, str(SCRIPT)]), **options)
+    return scripted_engine(config, lambda replica: ProcessClient(command=[sys.executable, str(SCRIPT)]), **options)
 
 
 def scripted_engine(config, new_client, **options):
@@ -231,10 +233,10 @@ class Recorder:
     def __init__(self):
         self.steps, self.tokens, self.finished = [], [], []
 
-    def on_step(self, *, stats, num_tokens):
+    def on_step(self, *, stats, num_tokens, replica):
         self.steps.append(num_tokens)
 
-    def on_tokens(self, *, num_tokens, seconds, first):
+    def on_tokens(self, *, num_tokens, seconds, first, replica):
         assert seconds >= 0
         self.tokens.append((num_tokens, first))
 
@@ -264,7 +266,7 @@ async def test_listeners_hear_of_every_token_and_every_end(engine):
 
 async def test_a_listener_that_fails_harms_nobody(engine, caplog):
     class Broken:
-        def on_step(self, *, stats, num_tokens):
+        def on_step(self, *, stats, num_tokens, replica):
             raise RuntimeError("broken gauge")
 
         on_finished = on_step
@@ -356,7 +358,7 @@ async def test_progress_of_loading_is_told_as_it_comes():
             time.sleep(0.1)
         return scripted.build_scripted(config, progress)
 
-    engine = scripted_engine(EngineConfig(), lambda: ThreadClient(lambda channel: serve(channel, build)))
+    engine = scripted_engine(EngineConfig(), lambda replica: ThreadClient(lambda channel: serve(channel, build)))
     await engine.start()
     await until(lambda: engine.state_detail == "loading weights 50%")
     assert not engine.is_healthy()
@@ -376,7 +378,7 @@ async def test_what_prevents_loading_is_raised_with_its_type_or_its_reason(tmp_p
     def build(config, progress):
         raise RuntimeError("secret path")
 
-    engine = scripted_engine(EngineConfig(), lambda: ThreadClient(lambda channel: serve(channel, build)))
+    engine = scripted_engine(EngineConfig(), lambda replica: ThreadClient(lambda channel: serve(channel, build)))
     await engine.start()
     with pytest.raises(EngineDeadError, match="loading failed: RuntimeError") as failure:
         await engine.wait_ready()
@@ -386,7 +388,7 @@ async def test_what_prevents_loading_is_raised_with_its_type_or_its_reason(tmp_p
 
 async def test_an_engine_process_that_cannot_start_is_reported():
     engine = scripted_engine(
-        EngineConfig(), lambda: ProcessClient(command=[sys.executable, "-c", "raise SystemExit(7)"])
+        EngineConfig(), lambda replica: ProcessClient(command=[sys.executable, "-c", "raise SystemExit(7)"])
     )
     await engine.start()
     with pytest.raises(EngineDeadError, match="status 7"):
@@ -396,7 +398,7 @@ async def test_an_engine_process_that_cannot_start_is_reported():
 
 async def test_an_engine_process_that_talks_nonsense_is_dropped():
     script = "import socket, sys; socket.socket(fileno=int(sys.argv[-1])).sendall(b'HTTP/1.1 200 OK')"
-    engine = scripted_engine(EngineConfig(), lambda: ProcessClient(command=[sys.executable, "-c", script]))
+    engine = scripted_engine(EngineConfig(), lambda replica: ProcessClient(command=[sys.executable, "-c", script]))
     await engine.start()
     with pytest.raises(EngineDeadError, match="no message"):
         await engine.wait_ready()

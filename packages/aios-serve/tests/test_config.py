@@ -32,6 +32,10 @@ from aios_serve.config import EngineConfig, parse_count
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, ["max_num_batched_tokens=4", "max_num_seqs=8"]),
         ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, ["kv_cache_memory_bytes", "one of them"]),
         ({"tensor_parallel": 2}, ["tensor_parallel=2", "aios-parallel", "not there yet"]),
+        ({"max_engine_restarts": -1}, ["max_engine_restarts=-1"]),
+        ({"data_parallel": 0}, ["data_parallel=0"]),
+        ({"data_parallel": 2, "engine_process": False}, ["data_parallel=2", "engine_process"]),
+        ({"data_parallel_routing": "random"}, ["data_parallel_routing='random'", "prefix-affinity"]),
         ({"quantization": "int3"}, ["quantization='int3'", "int8", "as-stored"]),
     ],
 )

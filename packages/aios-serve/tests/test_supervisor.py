@@ -38,7 +38,7 @@ SLOW = [ord(scripted.SLOW)]
 async def started(config=CONFIG, command=(sys.executable, str(SCRIPT))):
     engine = AsyncEngine(
         config,
-        new_client=partial(ProcessClient, command=command),
+        new_client=lambda replica: ProcessClient(command),
         find=scripted.find_scripted,
         read=scripted.read_scripted,
         new_budget=lambda: RestartBudget(config.max_engine_restarts, first_delay=0.05),
@@ -149,6 +149,15 @@ async def test_a_stopped_engine_is_killed_and_restarted(engine, idle):
     with pytest.raises(ProcessLookupError):
         os.kill(old, 0)
     assert (await whole(engine, [97, 98], max_tokens=4)).text == "abab"
+
+
+async def test_shutdown_ends_an_engine_that_is_about_to_be_killed(engine):
+    old = pid_of(engine)
+    os.kill(old, signal.SIGSTOP)
+    await until(lambda: engine.state is EngineState.RESTARTING)
+    await engine.shutdown()
+    with pytest.raises(ProcessLookupError):
+        os.kill(old, 0)
 
 
 async def test_a_step_that_hangs_ends_with_a_new_engine_which_is_given_more_time(engine):

@@ -130,12 +130,17 @@ def _plan(config: EngineConfig, decoder: DecoderModel, backend: Backend) -> Pool
         memory_bytes=_pool_bytes(config, decoder.device),
         num_blocks=config.num_gpu_blocks_override,
         policy=config.kv_cache_policy,
-        available_bytes=_available_bytes(decoder.device),
+        available_bytes=_available_bytes(config, decoder.device),
     )
 
 
-def _available_bytes(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+def _available_bytes(config: EngineConfig, device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_memory(config)
+
+
+def _host_memory(config: EngineConfig) -> int:
+    """Bytes that may be taken, by each of several replicas alike."""
+    return available_memory() // config.data_parallel
 
 
 def _pool_bytes(config: EngineConfig, device: torch.device) -> int | None:
@@ -147,7 +152,7 @@ def _pool_bytes(config: EngineConfig, device: torch.device) -> int | None:
         share = config.device_memory_utilization or DEVICE_MEMORY_SHARE
         return device_budget(free_bytes=free_bytes, total_bytes=total_bytes, device_memory_utilization=share)
     share = config.device_memory_utilization
-    return None if share is None else int(available_memory() * share)
+    return None if share is None else int(_host_memory(config) * share)
 
 
 def _scheduler_config(config: EngineConfig, plan: PoolPlan, decoder: DecoderModel) -> SchedulerConfig:

@@ -96,6 +96,15 @@ class KVCacheDType(StrEnum):
     int8 = "int8"
 
 
+class DataParallelRouting(StrEnum):
+    """Values of --data-parallel-routing."""
+
+    prefix_affinity = "prefix-affinity"
+    least_loaded = "least-loaded"
+    session = "session"
+    round_robin = "round-robin"
+
+
 class LogLevel(StrEnum):
     """Values of --log-level."""
 
@@ -343,6 +352,24 @@ def serve(
             help="Run the engine in a process of its own. Off, one process does all, for debugging.",
         ),
     ] = ENGINE.engine_process,
+    data_parallel_size: Annotated[
+        int,
+        _option(
+            "--data-parallel-size",
+            "-dp",
+            panel=_PROCESS,
+            help="Engines that serve the same model behind this endpoint, each with weights and KV cache of its own.",
+        ),
+    ] = ENGINE.data_parallel,
+    data_parallel_routing: Annotated[
+        DataParallelRouting,
+        _option(
+            "--data-parallel-routing",
+            panel=_PROCESS,
+            help="Which of them gets a request: the one that knows the longest prefix of its prompt unless it is far "
+            "busier, the least loaded, the same one for a session (X-Session-Id), or each in turn.",
+        ),
+    ] = DataParallelRouting.prefix_affinity,
     heartbeat_timeout: Annotated[
         float,
         _option(
@@ -400,6 +427,8 @@ def serve(
         quantization=quantization,
         tensor_parallel=tensor_parallel_size,
         engine_process=engine_process,
+        data_parallel=data_parallel_size,
+        data_parallel_routing=data_parallel_routing.value,
         heartbeat_timeout=heartbeat_timeout,
         max_engine_restarts=max_engine_restarts,
         log_level=log_level.value,
@@ -452,7 +481,7 @@ def _in_flags(message: str) -> str:
     """A ConfigError in the words of the command line: `max_model_len=0 ...` becomes `--max-model-len=0 ...`."""
     names = {*EngineConfig.__dataclass_fields__, *ServerConfig.__dataclass_fields__, "tensor_parallel_size"}
     flags = {name: "--" + name.replace("_", "-") for name in names}
-    flags |= {"tensor_parallel": "--tensor-parallel-size"}
+    flags |= {"tensor_parallel": "--tensor-parallel-size", "data_parallel": "--data-parallel-size"}
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
 
 

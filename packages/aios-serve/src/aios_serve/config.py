@@ -20,6 +20,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
+RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -66,6 +67,10 @@ class EngineConfig:
         engine_process: Run the engine in a process of its own (`AsyncEngine` only).
         heartbeat_timeout: Seconds without a sign of life after which the engine counts as stuck and is started again;
             more where a step was seen to take long.
+        data_parallel: Engines that serve the same model side by side, each with weights, pages and, on the CPU, an even
+            share of the cores of its own (`AsyncEngine` only).
+        data_parallel_routing: Which of them gets a request: the one that has computed most of its prompt, unless it is
+            far busier; the one with the least to do; always the same for a session; or one after the other.
         max_engine_restarts: Restarts of an engine that died, within ten minutes, before it stays dead; 0 for none.
         log_level: How much the engine process says.
     """
@@ -100,6 +105,8 @@ class EngineConfig:
     cpu_bind: str = "none"
     engine_process: bool = True
     heartbeat_timeout: float = 30.0
+    data_parallel: int = 1
+    data_parallel_routing: RoutingName = "prefix-affinity"
     max_engine_restarts: int = 5
     log_level: LogLevel = "info"
 
@@ -153,6 +160,7 @@ class EngineConfig:
             ("device", Device),
             ("kv_cache_policy", KVCachePolicy),
             ("kv_cache_dtype", KVCacheDType),
+            ("data_parallel_routing", RoutingName),
             ("log_level", LogLevel),
         ):
             choices = get_args(kinds)
@@ -174,6 +182,7 @@ class EngineConfig:
             ("max_num_queued_reqs", 0),
             ("max_logprobs", 0),
             ("max_engine_restarts", 0),
+            ("data_parallel", 1),
             ("threads", 1),
             ("tensor_parallel", 1),
         ):
@@ -200,6 +209,8 @@ class EngineConfig:
             raise ConfigError(
                 "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
             )
+        if self.data_parallel > 1 and not self.engine_process:
+            raise _bad("data_parallel", self.data_parallel, "each replica is a process; leave engine_process on")
 
     def _refuse_missing_layers(self) -> None:
         if self.tensor_parallel > 1:

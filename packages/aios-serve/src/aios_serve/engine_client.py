@@ -18,7 +18,7 @@ from aios_serve.channel import QueueChannel
 from aios_serve.messages import FrameBuffer, FrameError, decode_event, encode_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aios_serve.channel import EngineChannel
     from aios_serve.messages import Command, Event
@@ -64,12 +64,16 @@ class ProcessClient:
 
     Args:
         command: What to run; `--fd N` is appended.
+        environment: Variables to set for it, beside those of this process.
     """
 
     can_be_killed = True
 
-    def __init__(self, command: Sequence[str] = ENGINE_COMMAND) -> None:
+    def __init__(
+        self, command: Sequence[str] = ENGINE_COMMAND, *, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._command = tuple(command)
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,7 +91,11 @@ class ProcessClient:
         with theirs:
             command = (*self._command, "--fd", str(theirs.fileno()))
             self._process = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, process_group=0
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                env=os.environ | self._environment,
             )
         self._on_lost = on_lost
         transport, _ = await asyncio.get_running_loop().create_connection(

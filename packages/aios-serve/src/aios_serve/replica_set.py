@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from aios_sched.stats import EngineStats
 from aios_serve.daemon_thread import in_daemon_thread
 from aios_serve.errors import EngineDeadError, EngineLoadingError
+from aios_serve.replica_config import replica_config
 from aios_serve.served_model import local_config
 from aios_serve.supervisor import EngineState, EngineSupervisor, unavailable
 
@@ -46,7 +47,7 @@ class ReplicaSet:
 
     Args:
         config: The options.
-        new_client: Makes the connection to an engine that is not started yet.
+        new_client: Makes the connection to an engine, given its number, that is not started yet.
         find: Resolves the configured model to files, downloading them if need be.
         read: Reads tokenizer, shape and defaults from these files.
         listener: Told of events, of replicas that take requests, and of those that do not any more.
@@ -57,7 +58,7 @@ class ReplicaSet:
         self,
         config: EngineConfig,
         *,
-        new_client: Callable[[], EngineClient],
+        new_client: Callable[[int], EngineClient],
         find: Callable[[EngineConfig], ModelFiles],
         read: Callable[[EngineConfig, ModelFiles], ServedModel],
         listener: ReplicaListener,
@@ -71,16 +72,18 @@ class ReplicaSet:
         self._draining = False
         self._failure = ""
         self._stage = ""
+        self._configs = [replica_config(config, index) for index in range(config.data_parallel)]
         self.supervisors = [
             EngineSupervisor(
-                config,
-                new_client=new_client,
+                each,
+                new_client=partial(new_client, index),
                 on_event=partial(listener.on_event, index),
                 on_ready=partial(listener.on_ready, index),
                 on_death=partial(listener.on_death, index),
+                name="the engine" if len(self._configs) == 1 else f"engine {index}",
                 budget=None if new_budget is None else new_budget(),
             )
-            for index in range(1)
+            for index, each in enumerate(self._configs)
         ]
 
     @property
@@ -154,7 +157,7 @@ class ReplicaSet:
             raise
 
     def begin_drain(self) -> None:
-        """Take no more requests, and restart nothing."""
+        """Take no more requests. What dies from now on stays dead."""
         self._draining = True
         for each in self.supervisors:
             each.retire()
@@ -173,8 +176,8 @@ class ReplicaSet:
             self._stage = "finding the model"
             files = await in_daemon_thread(lambda: self._find(self._config))
             self._stage = "starting the engine"
-            for each in self.supervisors:
-                each.start(local_config(self._config, files))
+            for each, config in zip(self.supervisors, self._configs, strict=True):
+                each.start(local_config(config, files))
             # While the engines import torch:
             self._model = await in_daemon_thread(lambda: self._read(self._config, files))
             await asyncio.gather(*(each.wait_ready() for each in self.supervisors))

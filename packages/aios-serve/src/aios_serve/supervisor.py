@@ -101,6 +101,7 @@ class EngineSupervisor:
         self._lost = asyncio.Event()
         self._retired = False
         self._running: asyncio.Task[None] | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._ready: asyncio.Future[None] | None = None
         self._pulse = Pulse(config.heartbeat_timeout)
         self._earlier_stats: EngineStats | None = None
@@ -150,6 +151,8 @@ class EngineSupervisor:
         if self._running is not None:
             self._running.cancel()
             await asyncio.wait([self._running])
+        if self._closing is not None:
+            await self._closing
 
     # -- one engine after another --------------------------------------------------------------------------------------
 
@@ -164,7 +167,8 @@ class EngineSupervisor:
                 grace = _GRACE_SECONDS
             finally:
                 self._client = None
-                await client.close(grace)
+                self._closing = asyncio.ensure_future(client.close(grace))
+                await asyncio.shield(self._closing)  # nothing may leave an engine half ended
             if self.state is EngineState.RESTARTING:
                 await asyncio.sleep(self._delay)
                 self.num_restarts += 1
@@ -208,7 +212,7 @@ class EngineSupervisor:
     # -- what happens to it --------------------------------------------------------------------------------------------
 
     def _receive(self, client: EngineClient, event: Event) -> None:
-        if client is not self._client or self._lost.is_set():
+        if client is not self._client or self._lost.is_set() or self.state is EngineState.DEAD:
             return
         self._pulse.beat()
         match event:

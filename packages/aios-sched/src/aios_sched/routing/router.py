@@ -75,6 +75,11 @@ class Router:
         self.loads.remove(replica)
         self._policy.remove(replica)
 
+    def forget_cache(self, replica: int) -> None:
+        """A replica emptied its cache; what it has to do stays."""
+        self._policy.remove(replica)
+        self._policy.add(replica)
+
     def route(self, request: RoutedRequest) -> Ticket | None:
         """Where a request goes, counted as sent there; None if there is no replica."""
         choice = self._policy.choose(request)

@@ -32,7 +32,10 @@ async def live(serving: ServingDep) -> Response:
 
     What a liveness probe should ask: by `/health` a restart that takes minutes would be cut short by a longer one.
     """
-    return _state_response(serving, ok=serving.engine.state is not EngineState.DEAD)
+    engine = serving.engine
+    serves = engine.state in (EngineState.READY, EngineState.DRAINING)
+    hopeless = serves and not engine.is_healthy() and not engine.config.engine_process  # a thread cannot be killed
+    return _state_response(serving, ok=engine.state is not EngineState.DEAD and not hopeless)
 
 
 @router.get("/ping")
