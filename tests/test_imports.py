@@ -53,6 +53,7 @@ TENSOR_MODULES = {
     "aios_parallel": (
         "pipeline",
         "rank_groups",
+        "shared_memory",
         "stage_runner",
         "tensor_parallel",
         "thread_group",
@@ -84,7 +85,7 @@ TENSOR_MODULES = {
         "transform",
         "writing",
     ),
-    "aios_serve": ("backend", "build"),
+    "aios_serve": ("backend", "build", "model_part", "served_rank"),
 }
 COMMANDS = ("aios_model.cli", "aios_parallel.cli", "aios_quant.cli", "aios_serve.cli")
 

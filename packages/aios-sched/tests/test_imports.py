@@ -19,6 +19,8 @@ TORCH_FREE = [
     "aios_sched.policy.base",
     "aios_sched.policy.fcfs",
     "aios_sched.request",
+    "aios_sched.routing.base",
+    "aios_sched.routing.router",
     "aios_sched.scheduler",
     "aios_sched.stats",
     "aios_sched.stop",

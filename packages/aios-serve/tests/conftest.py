@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -87,6 +88,7 @@ class Call:
     request_id: str
     priority: int
     cache_salt: str
+    session: str
 
 
 @dataclass
@@ -119,6 +121,8 @@ class ScriptedEngine:
     max_model_len: int = MAX_MODEL_LEN
     load_seconds: float = 0.0
     load_error: Exception | None = None
+    num_restarts: int = 0
+    num_moved_requests: int = 0
 
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
@@ -177,6 +181,13 @@ class ScriptedEngine:
             load_seconds=1.0,
         )
 
+    @property
+    def replicas(self) -> list[SimpleNamespace]:
+        return [
+            SimpleNamespace(num_restarts=self.num_restarts, stats=self.stats(), info=self.info, state=self.state)
+            for _ in range(self.config.data_parallel)
+        ]
+
     def is_healthy(self) -> bool:
         return self.healthy and self.state in (EngineState.READY, EngineState.DRAINING)
 
@@ -221,10 +232,11 @@ class ScriptedEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        session: str = "",
     ) -> AsyncIterator[RequestDelta]:
         self.check_request(prompt_token_ids, params)
         assert request_id is not None
-        self.calls.append(Call(list(prompt_token_ids), params, request_id, priority, cache_salt))
+        self.calls.append(Call(list(prompt_token_ids), params, request_id, priority, cache_salt, session))
         self.num_open_requests += 1
         finished = False
         try:

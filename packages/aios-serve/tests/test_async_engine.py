@@ -30,20 +30,25 @@ scripted = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(scripted)
 
 
-def in_thread(config, **options):
-    client = ThreadClient(lambda channel: serve(channel, scripted.build_scripted))
-    return AsyncEngine(config, client=client, find=scripted.find_scripted, read=scripted.read_scripted, **options)
+def in_thread(config):
+    return scripted_engine(
+        config, lambda replica: ThreadClient(lambda channel: serve(channel, scripted.build_scripted))
+    )
 
 
-def in_process(config):
-    client = ProcessClient(command=[sys.executable, str(SCRIPT)])
-    return AsyncEngine(config, client=client, find=scripted.find_scripted, read=scripted.read_scripted), client
+def in_process(config, **options):
+    return scripted_engine(config, lambda replica: ProcessClient(command=[sys.executable, str(SCRIPT)]), **options)
+
+
+def scripted_engine(config, new_client, **options):
+    find, read = scripted.find_scripted, scripted.read_scripted
+    return AsyncEngine(config, new_client=new_client, find=find, read=read, **options)
 
 
 @pytest.fixture(params=["thread", "process"])
 async def engine(request):
     config = EngineConfig(max_num_seqs=4)
-    engine = in_thread(config) if request.param == "thread" else in_process(config)[0]
+    engine = in_thread(config) if request.param == "thread" else in_process(config)
     await engine.start()
     await engine.wait_ready()
     yield engine
@@ -52,10 +57,10 @@ async def engine(request):
 
 @pytest.fixture
 async def process_engine():
-    engine, client = in_process(EngineConfig(max_num_seqs=4, heartbeat_timeout=1.0))
+    engine = in_process(EngineConfig(max_num_seqs=4, heartbeat_timeout=1.0))
     await engine.start()
     await engine.wait_ready()
-    yield engine, client
+    yield engine
     await engine.shutdown()
 
 
@@ -228,10 +233,10 @@ class Recorder:
     def __init__(self):
         self.steps, self.tokens, self.finished = [], [], []
 
-    def on_step(self, *, stats, num_tokens):
+    def on_step(self, *, stats, num_tokens, replica):
         self.steps.append(num_tokens)
 
-    def on_tokens(self, *, num_tokens, seconds, first):
+    def on_tokens(self, *, num_tokens, seconds, first, replica):
         assert seconds >= 0
         self.tokens.append((num_tokens, first))
 
@@ -261,7 +266,7 @@ async def test_listeners_hear_of_every_token_and_every_end(engine):
 
 async def test_a_listener_that_fails_harms_nobody(engine, caplog):
     class Broken:
-        def on_step(self, *, stats, num_tokens):
+        def on_step(self, *, stats, num_tokens, replica):
             raise RuntimeError("broken gauge")
 
         on_finished = on_step
@@ -306,62 +311,20 @@ async def test_shutdown_ends_everything_and_can_be_repeated(engine):
     await engine.shutdown()
     assert engine.state is EngineState.DEAD
     assert not engine.is_healthy()
-    assert not engine._supervisor._client.is_alive()
+    assert engine.replicas[0].client is None
     with pytest.raises(EngineDeadError):
         engine.check_request([97], SamplingParams())
 
 
-async def test_a_killed_engine_process_ends_open_requests_within_a_second(process_engine):
-    engine, client = process_engine
-    recorder = Recorder()
-    engine.subscribe(recorder)
-    running = [asyncio.create_task(whole(engine, scripted.SLOW, SamplingParams(max_tokens=120))) for _ in range(8)]
-    await until(lambda: engine.stats().num_running > 0)
-    os.kill(client.pid, signal.SIGKILL)
-    killed = time.monotonic()
-    for failure in await asyncio.gather(*running, return_exceptions=True):
-        assert isinstance(failure, EngineDeadError)
-        assert "SIGKILL" in str(failure)
-    assert time.monotonic() - killed < 1.0
-    assert engine.state is EngineState.DEAD
-    assert "SIGKILL" in engine.state_detail
-    assert not engine.is_healthy()
-    assert engine.num_open_requests == 0
-    assert [timing.finish_reason for timing in recorder.finished] == ["error"] * 8
-    with pytest.raises(EngineDeadError, match="SIGKILL"):
-        await whole(engine, "a", SamplingParams())
-
-
-async def test_a_stopped_engine_process_is_noticed_and_recovers(process_engine):
-    engine, client = process_engine
-    assert engine.is_healthy()
-    os.kill(client.pid, signal.SIGSTOP)
-    try:
-        await until(lambda: not engine.is_healthy())
-        assert engine.state is EngineState.READY  # it may come back, and does
-    finally:
-        os.kill(client.pid, signal.SIGCONT)
-    await until(engine.is_healthy)
-    assert await text_of(engine, "ab", max_tokens=2) == "ab"
-
-
-async def test_a_step_that_hangs_is_noticed(process_engine):
-    engine, _ = process_engine
-    running = asyncio.create_task(text_of(engine, scripted.SLEEP, max_tokens=1))
-    await until(lambda: not engine.is_healthy())
-    assert await running == scripted.SLEEP
-    await until(engine.is_healthy)
-
-
 async def test_interrupts_from_the_terminal_do_not_reach_the_engine(process_engine):
-    engine, client = process_engine
+    engine = process_engine
     for each in (signal.SIGINT, signal.SIGTERM):
-        os.kill(client.pid, each)
+        os.kill(engine.replicas[0].client.pid, each)
     assert await text_of(engine, "ab", max_tokens=2) == "ab"
 
 
 async def test_an_idle_engine_stays_healthy_by_its_heartbeat(process_engine):
-    engine, _ = process_engine
+    engine = process_engine
     for _ in range(15):
         await asyncio.sleep(0.1)
         assert engine.is_healthy()
@@ -395,8 +358,7 @@ async def test_progress_of_loading_is_told_as_it_comes():
             time.sleep(0.1)
         return scripted.build_scripted(config, progress)
 
-    client = ThreadClient(lambda channel: serve(channel, build))
-    engine = AsyncEngine(EngineConfig(), client=client, find=scripted.find_scripted, read=scripted.read_scripted)
+    engine = scripted_engine(EngineConfig(), lambda replica: ThreadClient(lambda channel: serve(channel, build)))
     await engine.start()
     await until(lambda: engine.state_detail == "loading weights 50%")
     assert not engine.is_healthy()
@@ -416,8 +378,7 @@ async def test_what_prevents_loading_is_raised_with_its_type_or_its_reason(tmp_p
     def build(config, progress):
         raise RuntimeError("secret path")
 
-    client = ThreadClient(lambda channel: serve(channel, build))
-    engine = AsyncEngine(EngineConfig(), client=client, find=scripted.find_scripted, read=scripted.read_scripted)
+    engine = scripted_engine(EngineConfig(), lambda replica: ThreadClient(lambda channel: serve(channel, build)))
     await engine.start()
     with pytest.raises(EngineDeadError, match="loading failed: RuntimeError") as failure:
         await engine.wait_ready()
@@ -426,8 +387,9 @@ async def test_what_prevents_loading_is_raised_with_its_type_or_its_reason(tmp_p
 
 
 async def test_an_engine_process_that_cannot_start_is_reported():
-    client = ProcessClient(command=[sys.executable, "-c", "raise SystemExit(7)"])
-    engine = AsyncEngine(EngineConfig(), client=client, find=scripted.find_scripted, read=scripted.read_scripted)
+    engine = scripted_engine(
+        EngineConfig(), lambda replica: ProcessClient(command=[sys.executable, "-c", "raise SystemExit(7)"])
+    )
     await engine.start()
     with pytest.raises(EngineDeadError, match="status 7"):
         await engine.wait_ready()
@@ -436,8 +398,7 @@ async def test_an_engine_process_that_cannot_start_is_reported():
 
 async def test_an_engine_process_that_talks_nonsense_is_dropped():
     script = "import socket, sys; socket.socket(fileno=int(sys.argv[-1])).sendall(b'HTTP/1.1 200 OK')"
-    client = ProcessClient(command=[sys.executable, "-c", script])
-    engine = AsyncEngine(EngineConfig(), client=client, find=scripted.find_scripted, read=scripted.read_scripted)
+    engine = scripted_engine(EngineConfig(), lambda replica: ProcessClient(command=[sys.executable, "-c", script]))
     await engine.start()
     with pytest.raises(EngineDeadError, match="no message"):
         await engine.wait_ready()

@@ -33,6 +33,10 @@ from aios_serve.config import EngineConfig, parse_count
         ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, ["kv_cache_memory_bytes", "one of them"]),
         ({"pipeline_parallel": 0}, ["pipeline_parallel=0", "at least 1"]),
         ({"expert_parallel": True}, ["expert_parallel=True", "2 or more"]),
+        ({"max_engine_restarts": -1}, ["max_engine_restarts=-1"]),
+        ({"data_parallel": 0}, ["data_parallel=0"]),
+        ({"data_parallel": 2, "engine_process": False}, ["data_parallel=2", "engine_process"]),
+        ({"data_parallel_routing": "random"}, ["data_parallel_routing='random'", "prefix-affinity"]),
         ({"quantization": "int3"}, ["quantization='int3'", "int8", "as-stored"]),
     ],
 )

@@ -86,7 +86,7 @@ async def test_everything_else_needs_a_key(locked, path):
 
 async def test_every_route_but_the_probes_needs_a_key(engine, locked):
     app = locked._transport.app
-    paths = set(app.openapi()["paths"]) - {"/health", "/ready", "/ping"}
+    paths = set(app.openapi()["paths"]) - {"/health", "/ready", "/live", "/ping"}
     assert {"/v1/chat/completions", "/tokenize", "/metrics"} <= paths
     for path in paths:
         for method in ("GET", "POST"):

@@ -10,6 +10,23 @@ PATH = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+@pytest.mark.parametrize(
+    ("header", "fields", "session"),
+    [
+        ("s", {"prompt_cache_key": "k", "user": "u"}, "s"),
+        (None, {"prompt_cache_key": "k", "user": "u"}, "k"),
+        (None, {"user": "u"}, "u"),
+        (None, {}, ""),
+    ],
+)
+async def test_a_session_is_named_by_header_cache_key_or_user(client, engine, path, header, fields, session):
+    headers = {} if header is None else {"X-Session-Id": header}
+    response = await client.post(path, json={"messages": HELLO, "prompt": "a"} | fields, headers=headers)
+    assert response.status_code == 200
+    assert engine.calls[0].session == session
+
+
 async def test_answer_has_the_shape_of_openai(client, engine):
     answer = (await client.post(PATH, json={"model": "org/tiny", "messages": HELLO})).json()
     assert answer.pop("id").startswith("chatcmpl-")

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from aios_serve.async_engine import EngineState
+from aios_serve.config import EngineConfig
 from aios_serve.outputs import RequestTiming
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -68,6 +69,7 @@ async def test_detokenize_refuses_what_is_no_token(client, tokens):
         (EngineState.READY, True, 200, 200),
         (EngineState.READY, False, 503, 503),  # stuck
         (EngineState.DRAINING, True, 200, 503),
+        (EngineState.RESTARTING, True, 503, 503),
         (EngineState.DEAD, True, 503, 503),
     ],
 )
@@ -79,6 +81,21 @@ async def test_health_is_about_life_and_ready_about_new_requests(client, engine,
     response = await client.get("/ready")
     assert response.status_code == ready
     assert "/srv" not in response.text
+
+
+@pytest.mark.parametrize("state", EngineState)
+async def test_live_is_false_only_when_nothing_but_a_new_server_helps(client, engine, state):
+    engine.state = state
+    response = await client.get("/live")
+    assert response.status_code == (503 if state is EngineState.DEAD else 200)
+    assert response.json() == {"status": str(state)}
+
+
+async def test_live_is_false_if_an_engine_is_stuck_that_cannot_be_killed(client, engine):
+    engine.healthy = False
+    assert (await client.get("/live")).status_code == 200
+    engine.config = EngineConfig(engine_process=False)
+    assert (await client.get("/live")).status_code == 503
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny"])
@@ -165,9 +182,9 @@ async def test_histograms_follow_what_the_engine_tells(client, engine):
     )
     await metrics(client)
     [listener] = engine.listeners
-    listener.on_step(stats=engine.stats(), num_tokens=12)
-    listener.on_tokens(num_tokens=1, seconds=0.0021, first=True)
-    listener.on_tokens(num_tokens=2, seconds=0.1, first=False)
+    listener.on_step(stats=engine.stats(), num_tokens=12, replica=0)
+    listener.on_tokens(num_tokens=1, seconds=0.0021, first=True, replica=0)
+    listener.on_tokens(num_tokens=2, seconds=0.1, first=False, replica=0)
     listener.on_finished(timing)
     samples = await metrics(client)
     sums = {name: sample.value for (name, *_), sample in samples.items() if name.endswith("_sum")}
@@ -203,6 +220,30 @@ async def test_request_without_tokens_has_no_latencies(client, engine):
     samples = await metrics(client)
     assert samples[("vllm:request_prefill_time_seconds_count",)].value == 0
     assert samples[("vllm:e2e_request_latency_seconds_count",)].value == 1
+
+
+async def test_every_engine_has_its_own_label(client, engine):
+    engine.config = EngineConfig(data_parallel=2)
+    engine.num_moved_requests = 5
+    await metrics(client)
+    engine.listeners[0].on_tokens(num_tokens=1, seconds=0.5, first=True, replica=1)
+    text = (await client.get("/metrics")).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+    def values(name):
+        return {sample.labels["engine"]: sample.value for sample in samples if sample.name == name}
+
+    assert values("vllm:generation_tokens_total") == {"0": 2000, "1": 2000}
+    assert values("vllm:time_to_first_token_seconds_count") == {"0": 0, "1": 1}
+    assert values("vllm:cache_config_info") == {"0": 1, "1": 1}
+    assert values("aios:engine_ready") == {"0": 1, "1": 1}
+    assert [sample.value for sample in samples if sample.name == "aios:requests_moved_total"] == [5]
+
+
+async def test_restarts_are_counted(client, engine):
+    engine.num_restarts = 3
+    samples = await metrics(client)
+    assert samples[("aios:engine_restarts_total",)].value == 3
 
 
 async def test_metrics_answer_while_loading(client, engine):

@@ -64,6 +64,13 @@ async def test_report_marks_what_was_chosen_automatically(engine):
     assert "needs an API key" in lines
 
 
+async def test_report_names_replicas(engine):
+    assert "replicas" not in "\n".join(ready_lines(engine, ADDRESS, needs_key=False))
+    engine.config = type(engine.config)(data_parallel=3, data_parallel_routing="session")
+    lines = "\n".join(ready_lines(engine, ADDRESS, needs_key=False))
+    assert "replicas  3 engines, requests routed by session" in lines
+
+
 async def test_example_fits_model_address_and_key(engine):
     address = Address(url="http://localhost", curl_options=("--unix-socket", "/tmp/a b"))
     example = curl_example(engine, address, needs_key=True)

@@ -47,6 +47,11 @@ def assert_idle(engine):
     assert engine._processor.num_open_requests == engine._processor.num_open_choices == 0
 
 
+def test_replicas_are_refused_with_what_to_use_instead():
+    with pytest.raises(ConfigError, match=r"data_parallel=2.*--data-parallel-size"):
+        InferenceEngine(data_parallel=2)
+
+
 def test_outputs_come_in_the_order_of_the_prompts(engine):
     prompts = [f"{number}-" for number in range(30)]
     params = [SamplingParams(max_tokens=1 + 7 * number % 13) for number in range(30)]

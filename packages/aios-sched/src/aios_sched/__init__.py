@@ -10,6 +10,7 @@ In reading order:
     PackedBatch, ModelRunner        how a step runs: the only part that imports torch
     Engine                          the loop around it all, in which a request fails alone
     EngineStats, StatsListener      what it cost
+    Router, RoutingPolicy           which of several engines gets a request
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from aios_sched.policy.base import WaitingQueue
     from aios_sched.policy.fcfs import FCFSQueue
     from aios_sched.request import FinishReason, Request, RequestStatus
+    from aios_sched.routing.base import Choice, RoutedRequest, RoutingPolicy
+    from aios_sched.routing.router import Router, Ticket
     from aios_sched.scheduler import Scheduler
     from aios_sched.stats import EngineStats, RequestTiming, StatsListener, StepStats
 
@@ -53,6 +56,11 @@ _MODULES = {
     "FinishReason": "request",
     "Request": "request",
     "RequestStatus": "request",
+    "Choice": "routing.base",
+    "RoutedRequest": "routing.base",
+    "RoutingPolicy": "routing.base",
+    "Router": "routing.router",
+    "Ticket": "routing.router",
     "Scheduler": "scheduler",
     "EngineStats": "stats",
     "RequestTiming": "stats",
@@ -61,6 +69,7 @@ _MODULES = {
 }
 
 __all__ = [
+    "Choice",
     "Engine",
     "EngineStats",
     "Executor",
@@ -73,6 +82,9 @@ __all__ = [
     "Request",
     "RequestStatus",
     "RequestTiming",
+    "RoutedRequest",
+    "Router",
+    "RoutingPolicy",
     "ScheduledRequest",
     "Scheduler",
     "SchedulerConfig",
@@ -84,6 +96,7 @@ __all__ = [
     "StepResultError",
     "StepRunner",
     "StepStats",
+    "Ticket",
     "TokenOutput",
     "WaitingQueue",
     "pack",

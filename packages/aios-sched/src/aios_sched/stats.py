@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aios_sched.request import FinishReason, Request
 
 
@@ -45,6 +47,29 @@ class EngineStats:
     def scheduler_share(self) -> float:
         """Share of the time that went into scheduling, 0 to 1."""
         return self.schedule_seconds / self.step_seconds if self.step_seconds else 0.0
+
+    def at_rest(self) -> EngineStats:
+        """The same counters with nothing running, waiting or in use: what an engine leaves behind."""
+        return replace(self, num_running=0, num_waiting=0, kv_cache_usage=0.0)
+
+    def continuing(self, earlier: EngineStats) -> EngineStats:
+        """These statistics, counted on from `earlier`: those of an engine whose place this one took."""
+        counters = [field.name for field in fields(self) if field.name not in _GAUGES]
+        return replace(self, **{name: getattr(self, name) + getattr(earlier, name) for name in counters})
+
+    @staticmethod
+    def total(parts: Sequence[EngineStats]) -> EngineStats:
+        """Several engines of one size as one: counts and counters add up, the usage of pages is their mean.
+
+        Args:
+            parts: At least one.
+        """
+        names = [field.name for field in fields(EngineStats) if field.name != "kv_cache_usage"]
+        sums = {name: sum(getattr(part, name) for part in parts) for name in names}
+        return EngineStats(**sums, kv_cache_usage=sum(part.kv_cache_usage for part in parts) / len(parts))
+
+
+_GAUGES = ("num_running", "num_waiting", "kv_cache_usage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aios_model.errors import InvalidRequestError
+from aios_sched.errors import QueueFullError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,3 +73,27 @@ class AdmissionLimits:
                     f"ask for at most {room} tokens",
                     param=name,
                 )
+
+
+def check_room(num_choices: int, *, num_open: int, room: int, num_engines: int) -> None:
+    """Tell a flood that the queue is full, without asking the engines, which bound theirs by themselves.
+
+    Args:
+        num_choices: Sequences that want to run.
+        num_open: Sequences that run or wait already, over all engines.
+        room: How many can run or wait in one engine.
+        num_engines: Engines that take requests.
+
+    Raises:
+        InvalidRequestError: more than one engine could ever take.
+        QueueFullError: too many at the moment.
+    """
+    if num_choices > room:
+        raise InvalidRequestError(
+            f"n={num_choices} choices exceed the {room} that can run or wait (max_num_seqs plus "
+            "max_num_queued_reqs); ask for fewer",
+            param="n",
+        )
+    if num_open + num_choices > room * num_engines:
+        most = room * num_engines
+        raise QueueFullError(f"{num_open} sequences run or wait already, of at most {most}; try again later")

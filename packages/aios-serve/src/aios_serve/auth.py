@@ -12,7 +12,7 @@ from aios_serve.error_responses import ApiError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-PUBLIC_PATHS = frozenset({"/health", "/ready", "/ping"})
+PUBLIC_PATHS = frozenset({"/health", "/ready", "/live", "/ping"})
 """What load balancers ask. Anything else, known or not, needs a key when keys are set."""
 
 

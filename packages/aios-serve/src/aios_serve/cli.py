@@ -110,6 +110,15 @@ class ExecutorBackend(StrEnum):
     ray = "ray"
 
 
+class DataParallelRouting(StrEnum):
+    """Values of --data-parallel-routing."""
+
+    prefix_affinity = "prefix-affinity"
+    least_loaded = "least-loaded"
+    session = "session"
+    round_robin = "round-robin"
+
+
 class LogLevel(StrEnum):
     """Values of --log-level."""
 
@@ -387,7 +396,9 @@ def serve(
     ] = ENGINE.rank_timeout,
     threads: Annotated[
         int | None,
-        _option("--threads", panel=_PROCESS, show_default="one per core", help="CPU threads of the engine."),
+        _option(
+            "--threads", panel=_PROCESS, show_default="one per core", help="CPU threads of the engine, of each rank."
+        ),
     ] = None,
     cpu_bind: Annotated[
         str,
@@ -406,6 +417,40 @@ def serve(
             help="Run the engine in a process of its own. Off, one process does all, for debugging.",
         ),
     ] = ENGINE.engine_process,
+    data_parallel_size: Annotated[
+        int,
+        _option(
+            "--data-parallel-size",
+            "-dp",
+            panel=_PROCESS,
+            help="Engines that serve the same model behind this endpoint, each with weights and KV cache of its own.",
+        ),
+    ] = ENGINE.data_parallel,
+    data_parallel_routing: Annotated[
+        DataParallelRouting,
+        _option(
+            "--data-parallel-routing",
+            panel=_PROCESS,
+            help="Which of them gets a request: the one that knows the longest prefix of its prompt unless it is far "
+            "busier, the least loaded, the same one for a session (X-Session-Id), or each in turn.",
+        ),
+    ] = DataParallelRouting.prefix_affinity,
+    heartbeat_timeout: Annotated[
+        float,
+        _option(
+            "--heartbeat-timeout",
+            panel=_PROCESS,
+            help="Seconds without a sign of life after which the engine counts as stuck and is started again.",
+        ),
+    ] = ENGINE.heartbeat_timeout,
+    max_engine_restarts: Annotated[
+        int,
+        _option(
+            "--max-engine-restarts",
+            panel=_PROCESS,
+            help="Restarts of an engine that died, within ten minutes, before it stays dead; 0 for none.",
+        ),
+    ] = ENGINE.max_engine_restarts,
     log_level: Annotated[
         LogLevel, _option("--log-level", panel=_PROCESS, help="How much the server says.")
     ] = LogLevel.info,
@@ -452,6 +497,10 @@ def serve(
         ray_address=ray_address,
         rank_timeout=rank_timeout,
         engine_process=engine_process,
+        data_parallel=data_parallel_size,
+        data_parallel_routing=data_parallel_routing.value,
+        heartbeat_timeout=heartbeat_timeout,
+        max_engine_restarts=max_engine_restarts,
         log_level=log_level.value,
     )
     server_config = ServerConfig(
@@ -514,6 +563,7 @@ def _in_flags(message: str) -> str:
         "tensor_parallel": "--tensor-parallel-size",
         "pipeline_parallel": "--pipeline-parallel-size",
         "expert_parallel": "--enable-expert-parallel",
+        "data_parallel": "--data-parallel-size",
         "distributed_executor": "--distributed-executor-backend",
     }
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)

@@ -21,6 +21,7 @@ Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
+RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -56,7 +57,8 @@ class EngineConfig:
         generation_config: "auto" takes sampling defaults from the model, "none" takes none of them (vLLM's word "vllm"
             is accepted), a folder takes its generation_config.json.
         chat_template: Template text, or a file holding it, instead of the model's own.
-        threads: Threads on the CPU; None takes one per core, within this process's share of them.
+        threads: Threads on the CPU, of each rank; None takes one per core, within this process's share of them, dealt
+            out to ranks and replicas.
         tensor_parallel: Ranks that share each layer: GPUs, or processes on the CPU.
         pipeline_parallel: Stages, each of them a group of `tensor_parallel` ranks that holds some of the layers.
         expert_parallel: Deal the experts of a mixture out to the ranks of a stage, rather than cutting each of them.
@@ -72,7 +74,13 @@ class EngineConfig:
         cpu_bind: Cores that the native kernels' threads are bound to: "none", "auto" (fills one NUMA node before the
             next), or a list such as "0-3,8".
         engine_process: Run the engine in a process of its own (`AsyncEngine` only).
-        heartbeat_timeout: Seconds without a sign of life after which the engine counts as stuck.
+        heartbeat_timeout: Seconds without a sign of life after which the engine counts as stuck and is started again;
+            more where a step was seen to take long.
+        data_parallel: Engines that serve the same model side by side, each with weights, pages and, on the CPU, an even
+            share of the cores of its own (`AsyncEngine` only).
+        data_parallel_routing: Which of them gets a request: the one that has computed most of its prompt, unless it is
+            far busier; the one with the least to do; always the same for a session; or one after the other.
+        max_engine_restarts: Restarts of an engine that died, within ten minutes, before it stays dead; 0 for none.
         log_level: How much the engine process says.
     """
 
@@ -111,6 +119,9 @@ class EngineConfig:
     cpu_bind: str = "none"
     engine_process: bool = True
     heartbeat_timeout: float = 30.0
+    data_parallel: int = 1
+    data_parallel_routing: RoutingName = "prefix-affinity"
+    max_engine_restarts: int = 5
     log_level: LogLevel = "info"
 
     def __post_init__(self) -> None:
@@ -130,6 +141,11 @@ class EngineConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown engine option {name!r}; {hint}")
         return cls(**options)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model together."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     def _normalise(self) -> None:
         for name in ("model", "tokenizer", "download_dir", "generation_config", "chat_template"):
@@ -163,6 +179,7 @@ class EngineConfig:
             ("kv_cache_policy", KVCachePolicy),
             ("kv_cache_dtype", KVCacheDType),
             ("distributed_executor", ExecutorBackend),
+            ("data_parallel_routing", RoutingName),
             ("log_level", LogLevel),
         ):
             choices = get_args(kinds)
@@ -183,6 +200,8 @@ class EngineConfig:
             ("num_gpu_blocks_override", 1),
             ("max_num_queued_reqs", 0),
             ("max_logprobs", 0),
+            ("max_engine_restarts", 0),
+            ("data_parallel", 1),
             ("threads", 1),
             ("tensor_parallel", 1),
             ("pipeline_parallel", 1),
@@ -211,6 +230,8 @@ class EngineConfig:
             raise ConfigError(
                 "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
             )
+        if self.data_parallel > 1 and not self.engine_process:
+            raise _bad("data_parallel", self.data_parallel, "each replica is a process; leave engine_process on")
 
         if self.expert_parallel and self.tensor_parallel == 1:
             raise _bad("expert_parallel", True, "experts are dealt out to the tensor_parallel ranks; ask for 2 or more")

@@ -312,6 +312,11 @@ def _offline_config(model: str | None, max_batch_size: int | None, options: dict
         if "max_num_seqs" in options:
             raise ConfigError("max_batch_size and max_num_seqs mean the same; give one of them")
         options["max_num_seqs"] = max_batch_size
+    if options.get("data_parallel", 1) != 1:
+        raise ConfigError(
+            f"data_parallel={options['data_parallel']} cannot be used here: an InferenceEngine is one engine in this "
+            "process; serve replicas with aios-serve --data-parallel-size or AsyncEngine, or run several processes"
+        )
     # A list of prompts is its own queue; nobody is served better by refusing the end of it.
     options.setdefault("max_num_queued_reqs", None)
     return EngineConfig.from_options(model=model, **options)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, cast
 
 from aios_model.errors import ConfigError
@@ -17,7 +18,7 @@ from aios_serve.channel import QueueChannel
 from aios_serve.messages import FrameBuffer, FrameError, decode_event, encode_frame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aios_serve.channel import EngineChannel
     from aios_serve.messages import Command, Event
@@ -27,10 +28,17 @@ logger = logging.getLogger(__name__)
 ENGINE_COMMAND = (sys.executable, "-m", "aios_serve.engine_process")
 _EXIT_REASON_SECONDS = 0.5
 _LEAVE_SECONDS = 5.0
+_KILL_SECONDS = 5.0
 
 
 class EngineClient(Protocol):
-    """A connection to one engine. Everything happens on the event loop that called `connect`."""
+    """A connection to one engine. Everything happens on the event loop that called `connect`.
+
+    Attributes:
+        can_be_killed: Whether `close` ends it whatever it does.
+    """
+
+    can_be_killed: bool
 
     async def connect(self, on_event: Callable[[Event], None], on_lost: Callable[[str], None]) -> None:
         """Start the engine; from then on tell about its events, and once, with the reason, when it is gone."""
@@ -44,20 +52,28 @@ class EngineClient(Protocol):
         """Whether the process or thread exists."""
         ...
 
-    async def close(self) -> None:
-        """Make it leave and wait until it has left."""
+    async def close(self, grace: float = _LEAVE_SECONDS) -> None:
+        """Make it leave, by itself within `grace` seconds or by force, and wait until it has left."""
         ...
 
 
 class ProcessClient:
     """Spawns the engine process and talks to it over an inherited socket pair.
 
+    The process leads a process group of its own, so that whatever it started is ended with it.
+
     Args:
         command: What to run; `--fd N` is appended.
+        environment: Variables to set for it, beside those of this process.
     """
 
-    def __init__(self, command: Sequence[str] = ENGINE_COMMAND) -> None:
+    can_be_killed = True
+
+    def __init__(
+        self, command: Sequence[str] = ENGINE_COMMAND, *, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._command = tuple(command)
+        self._environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -74,7 +90,13 @@ class ProcessClient:
         ours, theirs = socket.socketpair()
         with theirs:
             command = (*self._command, "--fd", str(theirs.fileno()))
-            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                process_group=0,
+                env=os.environ | self._environment,
+            )
         self._on_lost = on_lost
         transport, _ = await asyncio.get_running_loop().create_connection(
             lambda: _EventProtocol(on_event, self._lose), sock=ours
@@ -91,17 +113,18 @@ class ProcessClient:
         """See EngineClient."""
         return self._process is not None and self._process.poll() is None
 
-    async def close(self) -> None:
-        """See EngineClient. Closing the socket ends its loop after the step at hand; then it is killed."""
+    async def close(self, grace: float = _LEAVE_SECONDS) -> None:
+        """See EngineClient. Closing the socket ends its loop after the step at hand; then its group is killed."""
         if self._transport is not None:
-            self._transport.close()
+            self._transport.abort()  # `close` would wait for a stopped process to read what is on its way
         process = self._process
         if process is None:
             return
-        if not await _exited(process, _LEAVE_SECONDS):
-            logger.warning("the engine process %d did not leave in %g s and is killed", process.pid, _LEAVE_SECONDS)
-            process.kill()
-            await _exited(process, _LEAVE_SECONDS)
+        if not await _exited(process, grace):
+            logger.warning("the engine process %d did not leave in %g s and is killed", process.pid, grace)
+        _kill_group(process.pid)
+        if not await _exited(process, _KILL_SECONDS):
+            logger.error("the engine process %d is still there %g s after SIGKILL", process.pid, _KILL_SECONDS)
         await asyncio.sleep(0)  # lets the closed transport report its end
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -124,6 +147,8 @@ class ThreadClient:
     Args:
         serve: What the thread does with its end of the channel.
     """
+
+    can_be_killed = False
 
     def __init__(self, serve: Callable[[EngineChannel], object]) -> None:
         self._serve = serve
@@ -157,12 +182,12 @@ class ThreadClient:
         """See EngineClient."""
         return self._thread is not None and self._thread.is_alive()
 
-    async def close(self) -> None:
+    async def close(self, grace: float = _LEAVE_SECONDS) -> None:
         """See EngineClient. A thread cannot be killed: one that is stuck is left behind, as a daemon."""
         if self._channel is None or self._thread is None:
             return
         self._channel.close()
-        await asyncio.to_thread(self._thread.join, _LEAVE_SECONDS)
+        await asyncio.to_thread(self._thread.join, grace)
 
 
 class _EventProtocol(asyncio.Protocol):
@@ -201,6 +226,12 @@ async def _exited(process: subprocess.Popen[bytes], timeout: float) -> bool:
             return False
         await asyncio.sleep(0.01)
     return True
+
+
+def _kill_group(process_id: int) -> None:
+    """Kill a process and all it started. Its number names the group as long as one of them is there."""
+    with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a group of zombies
+        os.killpg(process_id, signal.SIGKILL)
 
 
 def _exit_reason(returncode: int) -> str:

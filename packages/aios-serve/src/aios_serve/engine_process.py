@@ -55,7 +55,7 @@ def serve(channel: EngineChannel, build: Build) -> int:
 
 def build_with_progress(config: EngineConfig, progress: Progress) -> BuiltEngine:
     """The real thing: says that it imports torch before it does, which takes seconds. Ranks do so by themselves."""
-    if config.tensor_parallel * config.pipeline_parallel > 1:
+    if config.num_ranks > 1:
         from aios_serve.build_parallel import build_parallel_engine
 
         return build_parallel_engine(config, progress)

@@ -17,7 +17,13 @@ from starlette.responses import Response
 
 from aios_model.errors import AiosError, ChatTemplateError, InvalidRequestError
 from aios_sched.errors import QueueFullError
-from aios_serve.errors import EngineDeadError, EngineDrainingError, EngineLoadingError, EngineUnavailableError
+from aios_serve.errors import (
+    EngineDeadError,
+    EngineDrainingError,
+    EngineLoadingError,
+    EngineRestartingError,
+    EngineUnavailableError,
+)
 from aios_serve.openai_responses import ErrorBody, ErrorReply
 from aios_serve.refusals import UnsupportedFieldError
 
@@ -159,7 +165,8 @@ def _validation_error(exception: ValidationError | RequestValidationError) -> Ap
 
 
 def _unavailable(exception: AiosError) -> ApiError:
-    """503 in four flavours: a full queue empties within a second or so, loading takes longer, the dead stay dead."""
+    """503 in five flavours: a full queue empties within a second or so, loading takes longer, the dead stay dead."""
+    message = str(exception)
     match exception:
         case QueueFullError():
             code, retry_after = "queue_full", 1
@@ -167,14 +174,17 @@ def _unavailable(exception: AiosError) -> ApiError:
             code, retry_after = "engine_loading", 2
         case EngineDrainingError():
             code, retry_after = "engine_draining", 5
+        # The reasons of the next two may name files of this machine: they are for the log, which has them.
+        case EngineRestartingError():
+            code, retry_after = "engine_restarting", 5
+            message = "The engine stopped and is being started again; the server's log says why. Try again in a moment."
         case EngineDeadError():
-            # The reason may name files of this machine: it is for the log, which has it.
+            code, retry_after = "engine_dead", 30
             message = "The engine has stopped and takes no requests; the server's log says why. Restart the server."
-            return ApiError(503, message, type="server_error", code="engine_dead", headers={"Retry-After": "30"})
         case _:
             code, retry_after = "engine_unavailable", 5
     headers = {"Retry-After": str(retry_after)}
-    return ApiError(503, str(exception), type="server_error", code=code, headers=headers)
+    return ApiError(503, message, type="server_error", code=code, headers=headers)
 
 
 def _router_error(exception: HTTPException) -> ApiError:

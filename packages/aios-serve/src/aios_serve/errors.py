@@ -4,7 +4,8 @@
      ├─ EngineUnavailableError      the engine takes no requests at the moment: answer 503 with Retry-After
      │   ├─ EngineLoadingError      not ready yet
      │   ├─ EngineDrainingError     shutting down: what is running finishes, nothing new is taken
-     │   └─ EngineDeadError         its process ended or its loop failed; it will not come back by itself
+     │   ├─ EngineRestartingError   its process ended or its loop failed; it is being started again
+     │   └─ EngineDeadError         the same, and it will not come back by itself
      └─ RequestFailedError          this request failed inside the engine, the others go on: answer 500
 
 From the layers below: `InvalidRequestError` (400) and `aios_sched.errors.QueueFullError` (503).
@@ -27,8 +28,12 @@ class EngineDrainingError(EngineUnavailableError):
     """The engine is shutting down and takes no new requests."""
 
 
+class EngineRestartingError(EngineUnavailableError):
+    """The engine process ended, failed or was stuck, and is being started again; the message says why."""
+
+
 class EngineDeadError(EngineUnavailableError):
-    """The engine process ended or its loop failed; the message says why."""
+    """The engine process ended or its loop failed and will not come back; the message says why."""
 
 
 class RequestFailedError(AiosError):

@@ -35,6 +35,7 @@ class GenerationJob:
     params: SamplingParams
     priority: int = 0
     cache_salt: str = ""
+    session: str = ""
 
     @property
     def num_choices(self) -> int:
@@ -72,6 +73,7 @@ class GenerationJob:
             request_id=request_id,
             priority=self.priority,
             cache_salt=self.cache_salt,
+            session=self.session,
         )
 
 

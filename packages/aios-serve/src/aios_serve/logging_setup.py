@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-QUIET_PATHS = ("/health", "/ready", "/ping", "/metrics")
+QUIET_PATHS = ("/health", "/ready", "/live", "/ping", "/metrics")
 
 
 def configure_logging(level: str, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Prometheus metrics under vLLM's names, so that its dashboards work unchanged.
+"""Prometheus metrics under vLLM's names, so that its dashboards work unchanged. One `engine` label per replica.
 
 Two sources: gauges and counters are read from the engine's latest statistics when somebody scrapes, histograms are fed
 by the engine as it goes (`EngineListener`). The registry belongs to the application: nothing global, no other library's
@@ -8,23 +8,26 @@ metrics.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from aios_serve.async_engine import EngineState
 from aios_serve.errors import EngineUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from prometheus_client.metrics_core import Metric
 
     from aios_sched.stats import EngineStats
     from aios_serve.async_engine import AsyncEngine
     from aios_serve.outputs import RequestTiming
+
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 LABELS = ("model_name", "engine")
 FINISH_REASONS = ("stop", "length", "abort", "error")
@@ -44,22 +47,23 @@ class ServerMetrics:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         self._families = _families(self._registry)
-        self._series: _Series | None = None
+        self._series: dict[int, _Series] = {}
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """What a scraper gets, and its content type; `accept` is the scraper's Accept header."""
         if _is_known(self._engine):
-            self._bound()  # zeros before the first request, so that rates have a beginning
+            for replica in range(len(self._engine.replicas)):
+                self._bound(replica)  # zeros before the first request, so that rates have a beginning
         encoder, content_type = choose_encoder(accept)
         return encoder(self._registry), content_type
 
-    def on_step(self, *, stats: EngineStats, num_tokens: int) -> None:
+    def on_step(self, *, stats: EngineStats, num_tokens: int, replica: int) -> None:
         """A step ended."""
-        self._bound().step_tokens.observe(num_tokens)
+        self._bound(replica).step_tokens.observe(num_tokens)
 
-    def on_tokens(self, *, num_tokens: int, seconds: float, first: bool) -> None:
+    def on_tokens(self, *, num_tokens: int, seconds: float, first: bool, replica: int) -> None:
         """A choice gained tokens, `seconds` after its last ones."""
-        series = self._bound()
+        series = self._bound(replica)
         if first:
             series.first_token.observe(seconds)
         else:
@@ -68,7 +72,7 @@ class ServerMetrics:
 
     def on_finished(self, timing: RequestTiming) -> None:
         """A request ended."""
-        series = self._bound()
+        series = self._bound(timing.replica)
         series.finished[timing.finish_reason].inc()
         series.prompt_tokens.observe(timing.num_prompt_tokens)
         series.generation_tokens.observe(timing.num_generation_tokens)
@@ -86,11 +90,11 @@ class ServerMetrics:
             if seconds is not None:
                 histogram.observe(seconds)
 
-    def _bound(self) -> _Series:
-        """The series with their labels, which are known only once the engine is ready."""
-        if self._series is None:
-            self._series = self._families.bind(self._engine.model_name)
-        return self._series
+    def _bound(self, replica: int) -> _Series:
+        """The series with their labels, which are known only once an engine is ready."""
+        if replica not in self._series:
+            self._series[replica] = self._families.bind(self._engine.model_name, str(replica))
+        return self._series[replica]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +122,9 @@ class _Families:
     histograms: dict[str, Histogram]
     finished: Counter
 
-    def bind(self, model_name: str) -> _Series:
-        histograms = {name: family.labels(model_name, "0") for name, family in self.histograms.items()}
-        finished = {reason: self.finished.labels(model_name, "0", reason) for reason in FINISH_REASONS}
+    def bind(self, model_name: str, engine: str) -> _Series:
+        histograms = {name: family.labels(model_name, engine) for name, family in self.histograms.items()}
+        finished = {reason: self.finished.labels(model_name, engine, reason) for reason in FINISH_REASONS}
         return _Series(**histograms, finished=finished)
 
 
@@ -148,53 +152,66 @@ def _families(registry: CollectorRegistry) -> _Families:
     )
 
 
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "num_requests_running": ("Requests in the running batch.", lambda stats: stats.num_running),
+    "num_requests_waiting": ("Requests waiting for a place in it.", lambda stats: stats.num_waiting),
+    "kv_cache_usage_perc": ("Share of the KV pages in use, 0 to 1.", lambda stats: stats.kv_cache_usage),
+}
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "prompt_tokens": ("Prompt tokens processed.", lambda stats: stats.prompt_tokens),
+    "generation_tokens": ("Tokens generated.", lambda stats: stats.generation_tokens),
+    "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prefix_cache_queries),
+    "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_cache_hits),
+    "num_preemptions": ("Times a running request lost its pages.", lambda stats: stats.num_preemptions),
+}
+
+
 class _EngineCollector(Collector):
-    """Gauges and counters, read from the engine at the moment of a scrape. Empty until the engine is ready."""
+    """Gauges and counters, read from the engines at the moment of a scrape. Empty until one is ready."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
         """The families with their values."""
-        stats = self._engine.stats()
-        if stats is None or not _is_known(self._engine):
+        if not _is_known(self._engine):
             return
-        for name, text, value in (
-            ("num_requests_running", "Requests in the running batch.", stats.num_running),
-            ("num_requests_waiting", "Requests waiting for a place in it.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of the KV pages in use, 0 to 1.", stats.kv_cache_usage),
-        ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS)
-            gauge.add_metric((self._engine.model_name, "0"), value)
-            yield gauge
-        for name, text, value in (
-            ("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens),
-            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits),
-            ("num_preemptions", "Times a running request lost its pages.", stats.num_preemptions),
-        ):
+        replicas = list(enumerate(self._engine.replicas))
+        for name, (text, value) in _GAUGES.items():
+            yield self._filled(GaugeMetricFamily(f"vllm:{name}", text, labels=LABELS), self._values(value))
+        for name, (text, value) in _COUNTERS.items():
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=LABELS)
-            counter.add_metric((self._engine.model_name, "0"), value)
-            yield counter
+            yield self._filled(
+                counter, {index: value(each.stats) for index, each in replicas if each.stats is not None}
+            )
         yield from self._cache_config()
+        ready = GaugeMetricFamily("aios:engine_ready", "Whether the engine takes requests.", labels=LABELS)
+        yield self._filled(ready, {index: each.state is EngineState.READY for index, each in replicas})
+        restarts = CounterMetricFamily("aios:engine_restarts", "Times a dead engine was restarted.", labels=LABELS)
+        yield self._filled(restarts, {index: each.num_restarts for index, each in replicas})
+        text = "Requests whose engine died before they had an output and that another one got."
+        moved = CounterMetricFamily("aios:requests_moved", text, labels=("model_name",))
+        moved.add_metric((self._engine.model_name,), self._engine.num_moved_requests)
+        yield moved
+
+    def _values(self, value: Callable[[EngineStats], float]) -> dict[int, float]:
+        """By replica, of those that have been ready."""
+        replicas = enumerate(self._engine.replicas)
+        return {index: value(each.stats) for index, each in replicas if each.stats is not None}
+
+    def _filled(self, family: Family, values: Mapping[int, float]) -> Family:
+        for index, value in values.items():
+            family.add_metric((self._engine.model_name, str(index)), value)
+        return family
 
     def _cache_config(self) -> Iterator[Metric]:
         """The pool of pages as labels of a gauge that is always 1."""
-        try:
-            info = self._engine.info
-        except EngineUnavailableError:
-            return
-        labels = {
-            "engine": "0",
-            "block_size": str(info.block_size),
-            "num_gpu_blocks": str(info.num_blocks),
-            "enable_prefix_caching": str(info.enable_prefix_caching),
-            "cache_dtype": info.kv_dtype,
-            "kv_cache_policy": info.kv_cache_policy,
-        }
-        gauge = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is set up.", labels=tuple(labels))
-        gauge.add_metric(tuple(labels.values()), 1)
+        names = ("engine", "block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype", "kv_cache_policy")
+        gauge = GaugeMetricFamily("vllm:cache_config_info", "How the KV cache is set up.", labels=names)
+        for index, replica in enumerate(self._engine.replicas):
+            if (info := replica.info) is not None:
+                values = (index, info.block_size, info.num_blocks, info.enable_prefix_caching)
+                gauge.add_metric((*map(str, values), info.kv_dtype, info.kv_cache_policy), 1)
         yield gauge
 
 

@@ -143,7 +143,7 @@ class ModelPart:
     def _available_bytes(self) -> int:
         if self.decoder.device.type == "cuda":
             return torch.cuda.mem_get_info(self.decoder.device)[0]
-        return available_memory() // self.num_neighbours
+        return available_memory() // (self.num_neighbours * self.config.data_parallel)
 
     def _pool_bytes(self) -> int | None:
         """Bytes for the pool; None lets the plan take its share of host memory, as far as it has use for it."""

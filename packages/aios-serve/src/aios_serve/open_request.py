@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING
 from aios_serve.outputs import RequestTiming
 
 if TYPE_CHECKING:
+    from aios_sched.routing.router import Ticket
     from aios_serve.messages import AddRequest, ChildOutput
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class OpenRequest:
-    """A request on its way: what the engine was given, and when what happened (`time.monotonic()`)."""
+    """A request on its way: what the engine was given, and when what happened (`time.monotonic()`).
+
+    `replica` is the engine that has it, or had it last, and `ticket` its share of that engine's load.
+    """
 
     request_id: str
     add_request: AddRequest
+    session: str = ""
+    replica: int = 0
+    ticket: Ticket | None = None
+    num_moves: int = 0
     finish_reason: str | None = None
     num_cached_tokens: int = 0
     num_generation_tokens: int = 0
@@ -61,4 +69,5 @@ class OpenRequest:
             decode_seconds=None if first is None or self.last_token_time is None else self.last_token_time - first,
             first_token_seconds=None if first is None else first - arrival,
             total_seconds=time.monotonic() - arrival,
+            replica=self.replica,
         )

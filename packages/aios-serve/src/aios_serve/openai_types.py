@@ -71,6 +71,7 @@ class SamplingFields(ApiModel):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     add_special_tokens: bool | None = None
     user: str | None = None
+    prompt_cache_key: str | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> SamplingFields:

@@ -91,6 +91,7 @@ class OutputProcessor:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        session: str = "",
     ) -> OpenRequest:
         """Take in a checked request. Its `add_request` is what the engine must be given."""
         self._num_opened += 1
@@ -100,6 +101,7 @@ class OutputProcessor:
         seed = self._random.getrandbits(63) if params.seed is None else params.seed
         request = OpenRequest(
             request_id=request_id,
+            session=session,
             add_request=AddRequest(
                 key=key,
                 children=[

@@ -158,6 +158,7 @@ class RequestTiming:
         decode_seconds: From the first to the last token; None without a token.
         first_token_seconds: From arrival to the first token; None without a token.
         total_seconds: From arrival to the end.
+        replica: Number of the engine that had it last.
     """
 
     request_id: str
@@ -170,6 +171,7 @@ class RequestTiming:
     decode_seconds: float | None
     first_token_seconds: float | None
     total_seconds: float
+    replica: int = 0
 
     @property
     def seconds_per_output_token(self) -> float | None:

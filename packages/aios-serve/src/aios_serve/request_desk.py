@@ -1,9 +1,11 @@
-"""The open requests of an AsyncEngine: what comes from the engine goes to whoever asked for it."""
+"""The open requests of an AsyncEngine: what comes from the engines goes to whoever asked for it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aios_model.errors import InvalidRequestError
@@ -13,15 +15,17 @@ from aios_serve.messages import Abort, Outputs, PrefixCacheReset, RequestFailed,
 from aios_serve.request_stream import RequestStream
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Sequence
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from aios_model.sampling.params import SamplingParams
-    from aios_serve.errors import EngineDeadError
+    from aios_serve.dispatcher import Dispatcher
+    from aios_serve.errors import EngineUnavailableError
     from aios_serve.listener import EngineListener
-    from aios_serve.messages import Command, Event
+    from aios_serve.messages import Event
     from aios_serve.open_request import OpenRequest
     from aios_serve.output_processor import OutputProcessor, ProcessedStep
     from aios_serve.outputs import RequestDelta
+    from aios_serve.supervisor import EngineSupervisor
 
 logger = logging.getLogger(__name__)
 
@@ -31,19 +35,17 @@ class RequestDesk:
 
     Args:
         processor: Knows the open requests and turns tokens into text.
-        send: Hands a command to the engine.
+        dispatcher: Knows the engines, and which of them has which request.
         listeners: Are told what happens; the list may grow.
     """
 
-    def __init__(
-        self, processor: OutputProcessor, send: Callable[[Command], None], listeners: Sequence[EngineListener]
-    ) -> None:
+    def __init__(self, processor: OutputProcessor, dispatcher: Dispatcher, listeners: Sequence[EngineListener]) -> None:
         self._processor = processor
-        self._send = send
+        self._dispatcher = dispatcher
         self._listeners = listeners
         self._streams: dict[str, RequestStream] = {}
         self._all_closed = asyncio.Event()
-        self._cache_resets: list[asyncio.Future[bool]] = []
+        self._cache_resets: dict[int, deque[asyncio.Future[bool]]] = {}
 
     @property
     def num_open_requests(self) -> int:
@@ -63,14 +65,20 @@ class RequestDesk:
         request_id: str | None,
         priority: int,
         cache_salt: str,
+        session: str,
     ) -> AsyncGenerator[RequestDelta, None]:
         """Run a checked request; see `AsyncEngine.generate`."""
         request = self._processor.open(
-            prompt_token_ids, params, request_id=request_id, priority=priority, cache_salt=cache_salt
+            prompt_token_ids,
+            params,
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            session=session,
         )
         stream = self._streams[request.key] = RequestStream()
         try:
-            self._send(request.add_request)
+            self._dispatcher.place(request)
             finished = False
             while not finished:
                 delta = await stream.next()
@@ -99,66 +107,80 @@ class RequestDesk:
             return False
         return True
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forget all cached prefixes; False if requests still hold pages of them."""
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._cache_resets.append(done)
-        self._send(ResetPrefixCache())
-        return await done
+    async def reset_prefix_cache(self, replicas: Mapping[int, EngineSupervisor]) -> bool:
+        """Forget all cached prefixes of these engines; False if requests still hold pages of them."""
+        loop = asyncio.get_running_loop()
+        resets: list[asyncio.Future[bool]] = []
+        for number, replica in replicas.items():
+            resets.append(loop.create_future())
+            self._cache_resets.setdefault(number, deque()).append(resets[-1])
+            replica.send(ResetPrefixCache())
+        return all(await asyncio.gather(*resets))
 
-    def receive(self, event: Event) -> None:
-        """Take in what the engine says."""
+    def receive(self, replica: int, event: Event) -> None:
+        """Take in what an engine says."""
         match event:
             case Outputs():
-                self._on_outputs(event)
+                self._on_outputs(replica, event)
             case RequestFailed():
                 self._on_request_failed(event)
             case PrefixCacheReset():
-                _settle(self._cache_resets.pop(0), event.done)
+                if event.done:
+                    self._dispatcher.forget_cache(replica)
+                _settle(self._cache_resets[replica].popleft(), event.done)
 
-    def fail_all(self, error: EngineDeadError) -> None:
-        """The engine is gone."""
-        for stream in self._streams.values():
-            stream.fail(error)
+    def lose(self, replica: int, error: EngineUnavailableError) -> None:
+        """An engine is gone. What it had begun fails; the rest goes to another engine, if there are several."""
         for request in self._processor.open_requests:
-            self._processor.close(request)
-            self._tell_finished(request, "error")
-        for done in self._cache_resets:
-            _settle(done, error)
+            if request.ticket is None or request.replica != replica:
+                continue  # it waits for an engine, or is at another one
+            if not self._dispatcher.move(request, partial(self._fail, request, error)):
+                self._fail(request, error)
+        for done in self._cache_resets.pop(replica, ()):
+            _settle(done, True)  # the cache went with the engine
+
+    def _fail(self, request: OpenRequest, error: Exception) -> None:
+        """End a request whose engine does not know it any more."""
+        self._processor.close(request)
+        self._dispatcher.finish(request)
+        self._streams[request.key].fail(error)
+        self._tell_finished(request, "error")
 
     def _close(self, request: OpenRequest) -> None:
         """The reader is done with the request, or gone; whatever still runs of it ends."""
         del self._streams[request.key]
         running = self._processor.close(request)
         if running:
-            self._send(Abort(engine_ids=running))
+            self._dispatcher.abort(request, running)
             self._tell_finished(request, "abort")
+        self._dispatcher.finish(request)
         if not self._streams:
             self._all_closed.set()
 
     def _abort(self, request: OpenRequest) -> None:
         running, delta = self._processor.abort(request)
-        self._send(Abort(engine_ids=running))
+        self._dispatcher.abort(request, running)
+        self._dispatcher.finish(request)
         self._streams[request.key].put(delta)
         self._tell_finished(request, "abort")
 
-    def _on_outputs(self, event: Outputs) -> None:
+    def _on_outputs(self, replica: int, event: Outputs) -> None:
         step = self._processor.process(event.outputs)
         if step.aborts:
-            self._send(Abort(engine_ids=step.aborts))
+            self._dispatcher.send(replica, Abort(engine_ids=step.aborts))
         for request, delta in step.deltas:
+            self._dispatcher.note_first_token(request)
             self._streams[request.key].put(delta)
         for request, message in step.failures:
             self._streams[request.key].fail(RequestFailedError(message, request_id=request.request_id))
-        self._tell(lambda listener: _tell_step(listener, event, step))
+        for request in step.finished:
+            self._dispatcher.finish(request)
+        self._tell(lambda listener: _tell_step(listener, replica, event, step))
 
     def _on_request_failed(self, event: RequestFailed) -> None:
         request = self._processor.get(event.key)
-        if request is None:
-            return
-        self._processor.close(request)
-        self._streams[event.key].fail(_request_error(event, request.request_id))
-        self._tell_finished(request, "error")
+        if request is not None:
+            self._fail(request, _request_error(event, request.request_id))
 
     def _tell_finished(self, request: OpenRequest, finish_reason: str) -> None:
         request.finish_reason = finish_reason
@@ -173,10 +195,10 @@ class RequestDesk:
                 logger.exception("%s failed", type(listener).__name__)
 
 
-def _tell_step(listener: EngineListener, event: Outputs, step: ProcessedStep) -> None:
-    listener.on_step(stats=event.stats, num_tokens=event.num_tokens)
+def _tell_step(listener: EngineListener, replica: int, event: Outputs, step: ProcessedStep) -> None:
+    listener.on_step(stats=event.stats, num_tokens=event.num_tokens, replica=replica)
     for num_tokens, seconds, first in step.gained:
-        listener.on_tokens(num_tokens=num_tokens, seconds=seconds, first=first)
+        listener.on_tokens(num_tokens=num_tokens, seconds=seconds, first=first, replica=replica)
     for request in step.finished:
         listener.on_finished(request.timing())
 

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 
 from aios_serve.async_engine import EngineState
 from aios_serve.error_responses import ApiError
-from aios_serve.errors import EngineDeadError, EngineDrainingError, EngineLoadingError
+from aios_serve.errors import EngineDeadError, EngineDrainingError, EngineLoadingError, EngineRestartingError
 
 if TYPE_CHECKING:
     from aios_serve.async_engine import AsyncEngine
@@ -32,7 +32,7 @@ class Serving:
         """The engine, if it takes requests.
 
         Raises:
-            EngineUnavailableError: loading, draining or dead, with what is known about it.
+            EngineUnavailableError: loading, draining, restarting or dead, with what is known about it.
         """
         match self.engine.state:
             case EngineState.READY:
@@ -41,6 +41,8 @@ class Serving:
                 raise EngineLoadingError(f"The model is being loaded: {self.engine.state_detail or 'starting'}.")
             case EngineState.DRAINING:
                 raise EngineDrainingError("The server is shutting down and takes no new requests.")
+            case EngineState.RESTARTING:
+                raise EngineRestartingError(self.engine.state_detail)
             case _:
                 raise EngineDeadError(self.engine.state_detail)
 

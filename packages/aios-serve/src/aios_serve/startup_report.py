@@ -64,6 +64,11 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
         f"  weights   {_megabytes(info.num_weight_bytes)} {_weights(info, config)}"
         f" on {info.device}{auto if config.device == 'auto' else ''}{_threads(info, config)}"
     )
+    if config.data_parallel > 1:
+        yield (
+            f"  replicas  {config.data_parallel} engines, requests routed by {config.data_parallel_routing}; "
+            "weights, threads and KV cache are those of each"
+        )
     yield f"  kernels   {info.kernels}"
     yield f"  KV cache  {_pool(info, config)}"
     yield (

@@ -1,230 +1,278 @@
-"""Is the engine up? Loading, readiness, signs of life, and death; nothing about requests. Never imports torch."""
+"""Keeps one engine up: starts it, watches it, ends it for certain when it fails, and starts it again.
+
+Nothing about requests here, and nothing about torch. One engine is one `EngineClient` after another:
+
+    loading ──► ready ──► (process gone, Fatal, or no sign of life) ──► restarting ──► ready …
+       │                                                                    │
+       └── fails at the first start ──► dead ◄── no restart left ───────────┘
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from enum import StrEnum
-from typing import TYPE_CHECKING, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING
 
-from aios_serve.errors import EngineDeadError, EngineDrainingError, EngineLoadingError
+from aios_serve.errors import EngineDeadError, EngineDrainingError, EngineLoadingError, EngineRestartingError
 from aios_serve.messages import Fatal, Heartbeat, Loading, Outputs, Ready, Start
-from aios_serve.served_model import local_config
+from aios_serve.pulse import Pulse
+from aios_serve.restart_budget import RestartBudget
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aios_model.weights.hub import ModelFiles
     from aios_sched.stats import EngineStats
     from aios_serve.config import EngineConfig
     from aios_serve.engine_client import EngineClient
     from aios_serve.errors import EngineUnavailableError
     from aios_serve.messages import Command, Event
     from aios_serve.model_info import EngineInfo
-    from aios_serve.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
+
+_GRACE_SECONDS = 2.0
+"""That a failed engine has to leave by itself, for the sake of what it must clean up, before it is killed."""
+_SHUTDOWN_SECONDS = 5.0
+_LOAD_SILENCE = 120.0
+"""Seconds without progress, or four times what the first start took, after which a restart counts as stuck."""
 
 
 class EngineState(StrEnum):
-    """Where the engine stands: it takes requests only while ready."""
+    """Where an engine stands: it takes requests only while ready."""
 
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
+    RESTARTING = "restarting"
     DEAD = "dead"
 
 
+def unavailable(state: EngineState, detail: str) -> EngineUnavailableError:
+    """Why an engine in `state` takes no requests, as an error to raise."""
+    match state:
+        case EngineState.DRAINING:
+            return EngineDrainingError("the engine is shutting down and takes no new requests")
+        case EngineState.DEAD:
+            return EngineDeadError(detail)
+        case EngineState.RESTARTING:
+            return EngineRestartingError(detail)
+        case _:
+            said = f" ({detail})" if detail else ""
+            return EngineLoadingError(f"the model is still being loaded{said}; try again in a moment")
+
+
 class EngineSupervisor:
-    """Brings one engine up and watches it.
+    """One engine, as long as the server lives. All of it belongs to one event loop.
 
     Args:
         config: The options.
-        client: Connection to the engine.
-        find: Resolves the configured model to files, downloading them if need be.
-        read: Reads tokenizer, shape and defaults from these files.
+        new_client: Makes the connection to an engine that is not started yet; asked again for every restart.
         on_event: Gets every event of a living engine.
-        on_death: Gets the reason, once.
+        on_ready: Told each time it takes requests.
+        on_death: Told each time it does not any more, with the reason: EngineRestartingError while there is hope, else
+            EngineDeadError.
+        name: What to call it in the log.
+        budget: How often it is restarted; None reads `config.max_engine_restarts`.
     """
 
     def __init__(
         self,
         config: EngineConfig,
         *,
-        client: EngineClient,
-        find: Callable[[EngineConfig], ModelFiles],
-        read: Callable[[EngineConfig, ModelFiles], ServedModel],
+        new_client: Callable[[], EngineClient],
         on_event: Callable[[Event], None],
-        on_death: Callable[[EngineDeadError], None],
+        on_ready: Callable[[], None],
+        on_death: Callable[[EngineUnavailableError], None],
+        name: str = "the engine",
+        budget: RestartBudget | None = None,
     ) -> None:
-        self._config = config
-        self._client = client
-        self._find = find
-        self._read = read
+        self._heartbeat_timeout = config.heartbeat_timeout
+        self._new_client = new_client
         self._on_event = on_event
+        self._on_ready = on_ready
         self._on_death = on_death
-        self._model: ServedModel | None = None
-        self._info: EngineInfo | None = None
-        self._loading: asyncio.Task[None] | None = None
+        self._name = name
+        self._budget = budget or RestartBudget(config.max_engine_restarts)
+        self._patience = 1.0
+        self._client: EngineClient | None = None
+        self._lost = asyncio.Event()
+        self._retired = False
+        self._running: asyncio.Task[None] | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._ready: asyncio.Future[None] | None = None
-        self._pulse = _Pulse(config.heartbeat_timeout)
+        self._pulse = Pulse(config.heartbeat_timeout)
+        self._earlier_stats: EngineStats | None = None
+        self._delay = 0.0
         self.state = EngineState.LOADING
         self.detail = ""
+        self.num_restarts = 0
+        self.info: EngineInfo | None = None
         self.stats: EngineStats | None = None
 
     @property
-    def model(self) -> ServedModel:
-        """The model as this process knows it; EngineUnavailableError until it is read."""
-        if self._model is None:
-            raise self.unavailable()
-        return self._model
-
-    @property
-    def info(self) -> EngineInfo:
-        """The engine as built; EngineUnavailableError until it is."""
-        if self._info is None:
-            raise self.unavailable()
-        return self._info
+    def client(self) -> EngineClient | None:
+        """The connection to the engine of now; None between two."""
+        return self._client
 
     def is_healthy(self) -> bool:
-        """Whether it serves, exists, and gave a sign of life within the deadline."""
-        serving = self.state in (EngineState.READY, EngineState.DRAINING)
-        return serving and self._client.is_alive() and self._pulse.is_fresh()
+        """Whether it takes requests, exists, and gave a sign of life within the deadline."""
+        alive = self._client is not None and self._client.is_alive()
+        return self.state is EngineState.READY and alive and self._pulse.is_fresh()
 
-    def unavailable(self) -> EngineUnavailableError:
-        """Why requests are not taken, as an error to raise."""
-        match self.state:
-            case EngineState.DRAINING:
-                return EngineDrainingError("the engine is shutting down and takes no new requests")
-            case EngineState.DEAD:
-                return EngineDeadError(self.detail)
-            case _:
-                detail = f" ({self.detail})" if self.detail else ""
-                return EngineLoadingError(f"the model is still being loaded{detail}; try again in a moment")
-
-    def start(self) -> None:
-        """Begin loading."""
+    def start(self, config: EngineConfig) -> None:
+        """Begin loading what `config` says; its model is a path on this machine."""
         loop = asyncio.get_running_loop()
         self._ready = loop.create_future()
         self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # nobody need ask for it
-        self._loading = loop.create_task(self._load())
+        self._running = loop.create_task(self._run(Start(config=config)))
 
     async def wait_ready(self) -> None:
-        """Wait until it serves; raises what prevented it."""
+        """Wait until it serves for the first time; raises what prevented it."""
         if self._ready is None:
             raise EngineLoadingError("the engine was not started; call start() first")
         await asyncio.shield(self._ready)
 
     def send(self, command: Command) -> None:
-        """Hand a command to the engine; one that is dead does not get it."""
-        if self.state is not EngineState.DEAD:
+        """Hand a command to the engine; one that is not there does not get it."""
+        if self._client is not None:
             self._client.send(command)
 
-    def begin_drain(self) -> None:
-        """Take no more requests."""
-        if self.state is EngineState.READY:
-            self.state, self.detail = EngineState.DRAINING, "finishing open requests"
+    def retire(self) -> None:
+        """From now on, if it dies it stays dead."""
+        self._retired = True
 
     async def shutdown(self) -> None:
         """End it, whatever it does."""
+        self._retired = True
         self._die(EngineDeadError("the engine was shut down"))
-        if self._loading is not None:
-            self._loading.cancel()
-            await asyncio.wait([self._loading])
-        await self._client.close()
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+        if self._closing is not None:
+            await self._closing
 
-    async def _load(self) -> None:
+    # -- one engine after another --------------------------------------------------------------------------------------
+
+    async def _run(self, start: Start) -> None:
+        while self.state is not EngineState.DEAD:
+            self._lost.clear()
+            client = self._client = self._new_client()
+            grace = _SHUTDOWN_SECONDS
+            try:
+                await self._connect(client, start)
+                await self._watch(client)
+                grace = _GRACE_SECONDS
+            finally:
+                self._client = None
+                self._closing = asyncio.ensure_future(client.close(grace))
+                await asyncio.shield(self._closing)  # nothing may leave an engine half ended
+            if self.state is EngineState.RESTARTING:
+                await asyncio.sleep(self._delay)
+                self.num_restarts += 1
+
+    async def _connect(self, client: EngineClient, start: Start) -> None:
+        self._pulse = Pulse(_LOAD_SILENCE if self.info is None else max(_LOAD_SILENCE, 4 * self.info.load_seconds))
+        if self.state is EngineState.RESTARTING:
+            self.detail = "starting the engine again"
         try:
-            self.detail = "finding the model"
-            files = await _in_daemon_thread(lambda: self._find(self._config))
-            self.detail = "starting the engine"
-            await self._client.connect(self._receive, self._lose)
-            self._client.send(Start(config=local_config(self._config, files)))
-            # While the engine imports torch:
-            self._model = await _in_daemon_thread(lambda: self._read(self._config, files))
-            self._become_ready()
+            await client.connect(partial(self._receive, client), partial(self._lose, client))
+            client.send(start)
         except Exception as error:
-            self._die(error)
-            await self._client.close()
+            self._lose(client, error)
 
-    def _receive(self, event: Event) -> None:
-        if self.state is EngineState.DEAD:
+    async def _watch(self, client: EngineClient) -> None:
+        """Wait until the engine is lost; one that gives no sign of life counts as lost."""
+        interval = min(1.0, self._heartbeat_timeout / 4)
+        while not self._lost.is_set():
+            began = time.monotonic()
+            try:
+                await asyncio.wait_for(self._lost.wait(), interval)
+            except TimeoutError:
+                if time.monotonic() - began > 2 * interval:
+                    self._pulse.forgive()  # this loop stood still, perhaps with all of the machine
+                elif self._is_stuck(client):
+                    self._lose_stuck(client)
+
+    def _is_stuck(self, client: EngineClient) -> bool:
+        # The first start may take any time, and says what it does. A thread cannot be killed: it may yet wake up.
+        watched = self.state in (EngineState.READY, EngineState.RESTARTING)
+        return watched and client.can_be_killed and not self._pulse.is_fresh()
+
+    def _lose_stuck(self, client: EngineClient) -> None:
+        self._patience = min(2 * self._patience, 10.0)  # it may have been a long step after all
+        self._lose(
+            client,
+            f"it gave no sign of life for {self._pulse.silence:.1f} s; "
+            "if a step may take that long here, raise heartbeat_timeout",
+        )
+
+    # -- what happens to it --------------------------------------------------------------------------------------------
+
+    def _receive(self, client: EngineClient, event: Event) -> None:
+        if client is not self._client or self._lost.is_set() or self.state is EngineState.DEAD:
             return
         self._pulse.beat()
         match event:
             case Loading():
                 self.detail = event.stage if event.fraction is None else f"{event.stage} {event.fraction:.0%}"
             case Ready():
-                self._info, self.stats = event.info, event.stats
+                self.info = event.info
+                self._note(event.stats)
                 self._become_ready()
             case Fatal():
-                self._lose(event.message)
+                self._lose(client, event.message)
                 return
             case Outputs() | Heartbeat():
-                self.stats = event.stats
+                self._note(event.stats)
         self._on_event(event)
 
+    def _note(self, stats: EngineStats) -> None:
+        """Counters go on where those of the engine before it ended."""
+        self.stats = stats if self._earlier_stats is None else stats.continuing(self._earlier_stats)
+
     def _become_ready(self) -> None:
-        if self._info is None or self._model is None or self.state is not EngineState.LOADING:
-            return
+        if self.state is EngineState.RESTARTING:
+            logger.warning("%s is ready again, after restart no. %d", self._name, self.num_restarts)
         self.state, self.detail = EngineState.READY, ""
-        self._pulse = _Pulse(self._config.heartbeat_timeout)  # silences of loading say nothing about steps
+        self._pulse = Pulse(self._patience * self._heartbeat_timeout)  # silences of loading say nothing about steps
         if self._ready is not None and not self._ready.done():
             self._ready.set_result(None)
+        self._on_ready()
 
-    def _lose(self, reason: str) -> None:
-        if self.state is not EngineState.DEAD:
-            logger.error("the engine is dead: %s", reason)
-            self._die(EngineDeadError(reason))
+    def _lose(self, client: EngineClient, reason: str | Exception) -> None:
+        """The engine is gone, or is to go. Requests hear of it at once; the rest is done by `_run`."""
+        if client is not self._client or self._lost.is_set() or self.state is EngineState.DEAD:
+            return
+        self._lost.set()
+        if self.state is EngineState.LOADING or self._retired:
+            logger.error("%s is dead: %s", self._name, reason)
+            self._die(reason if isinstance(reason, Exception) else EngineDeadError(reason))
+            return
+        delay = self._budget.take()
+        if delay is None:
+            logger.error("%s is dead: %s; it is not started again: %s", self._name, reason, self._budget.spent())
+            self._die(EngineDeadError(f"{reason}; it is not started again: {self._budget.spent()}"))
+            return
+        logger.error("%s is lost: %s; starting it again in %g s", self._name, reason, delay)
+        self._delay = delay
+        self.state, self.detail = EngineState.RESTARTING, f"{reason}; starting again in {delay:g} s"
+        self._rest()
+        self._on_death(EngineRestartingError(str(reason)))
 
     def _die(self, error: Exception) -> None:
         """The one way into "dead"; the first reason stays."""
         if self.state is EngineState.DEAD:
             return
         self.state, self.detail = EngineState.DEAD, str(error) or type(error).__name__
+        self._rest()
         if self._ready is not None and not self._ready.done():
             self._ready.set_exception(error)
         self._on_death(error if isinstance(error, EngineDeadError) else EngineDeadError(self.detail))
 
-
-class _Pulse:
-    """When the last sign of life came, and how long the next may take."""
-
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
-        self._longest = 0.0
-        self._last = time.monotonic()
-
-    def beat(self) -> None:
-        now = time.monotonic()
-        if self.is_fresh():  # a silence that counted as stuck teaches nothing about steps
-            self._longest = max(self._longest, now - self._last)
-        self._last = now
-
-    def is_fresh(self) -> bool:
-        deadline = max(self._timeout, min(4 * self._longest, 10 * self._timeout))
-        return time.monotonic() - self._last <= deadline
-
-
-async def _in_daemon_thread(call: Callable[[], T]) -> T:
-    """As asyncio.to_thread, but a download under way does not keep the interpreter from leaving."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(setter: Callable[..., None], value: object) -> None:
-        if not future.done():
-            setter(value)
-
-    def run() -> None:
-        try:
-            outcome = (future.set_result, call())
-        except Exception as error:
-            outcome = (future.set_exception, error)
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, name="aios-load", daemon=True).start()
-    return await future
+    def _rest(self) -> None:
+        """Nothing runs and nothing waits any more; what was counted stays."""
+        if self.stats is not None:
+            self.stats = self._earlier_stats = self.stats.at_rest()

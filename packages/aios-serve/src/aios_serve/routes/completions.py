@@ -17,6 +17,7 @@ from aios_serve.request_body import parse_body
 from aios_serve.routes.openapi import json_body
 from aios_serve.sampling_request import COMPLETION_MAX_TOKENS, completion_params, with_default_max_tokens
 from aios_serve.serving import ServingDep, new_id
+from aios_serve.session_key import session_of
 from aios_serve.streaming import stream_response
 
 router = APIRouter(tags=["generation"])
@@ -48,6 +49,7 @@ async def create_completion(request: Request, serving: ServingDep) -> Response:
         params=with_default_max_tokens(params, COMPLETION_MAX_TOKENS, room=limit - max(map(len, prompts))),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
+        session=session_of(request, body),
     )
     job.check(engine)
     reply = CompletionReply(

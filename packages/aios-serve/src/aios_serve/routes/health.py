@@ -16,7 +16,7 @@ router = APIRouter(tags=["operations"])
 
 @router.get("/health")
 async def health(serving: ServingDep) -> Response:
-    """200 while the engine lives and moves, draining included; 503 while it loads, is stuck or is dead."""
+    """200 while the engine lives and moves, draining included; 503 while it loads, restarts, is stuck or is dead."""
     return _state_response(serving, ok=serving.engine.is_healthy())
 
 
@@ -24,6 +24,18 @@ async def health(serving: ServingDep) -> Response:
 async def ready(serving: ServingDep) -> Response:
     """200 while new requests are taken, else 503."""
     return _state_response(serving, ok=serving.engine.state is EngineState.READY and serving.engine.is_healthy())
+
+
+@router.get("/live")
+async def live(serving: ServingDep) -> Response:
+    """200 while the server serves or will, by itself: loading and restarting included; 503 once only a new one helps.
+
+    What a liveness probe should ask: by `/health` a restart that takes minutes would be cut short by a longer one.
+    """
+    engine = serving.engine
+    serves = engine.state in (EngineState.READY, EngineState.DRAINING)
+    hopeless = serves and not engine.is_healthy() and not engine.config.engine_process  # a thread cannot be killed
+    return _state_response(serving, ok=engine.state is not EngineState.DEAD and not hopeless)
 
 
 @router.get("/ping")
