@@ -26,13 +26,13 @@ pytestmark = [
     pytest.mark.skipif(not native_status().available, reason=native_status().reason),
 ]
 
-LENGTH, MARGIN = 20, 1e-3
-# Inputs stay floats: 8-bit inputs may round to either side of a tie, and then no margin means anything.
+LENGTH, MARGIN = 40, 1e-3
+# Inputs and pages stay floats: what is rounded may fall to either side of a tie, and then no margin means anything.
 BACKENDS = {
     "float32": {"dtype": "float32"},
-    "as stored": {"quantization": "as-stored-a16"},
-    "int8": {"quantization": "int8-a16"},
-    "bfloat16": {"dtype": "bfloat16", "quantization": "none"},
+    "as stored": {"quantization": "as-stored-a16", "kv_cache_dtype": "float32"},
+    "int8": {"quantization": "int8-a16", "kv_cache_dtype": "float32"},
+    "bfloat16": {"dtype": "bfloat16", "quantization": "none", "kv_cache_dtype": "float32"},
 }
 
 
@@ -45,7 +45,7 @@ def prompts() -> list[list[int]]:
     """Some begin alike, and together they need more pages than there are."""
     cases = [case["prompt_token_ids"] + case["token_ids"] for case in bundled_oracle.greedy_cases()]
     shared = cases[0] + cases[1]
-    return [*cases[2:7], shared[:90], shared + cases[7][:20], shared + cases[8], cases[9] + cases[10]]
+    return [shared[:40], *(case[:45] for case in cases[2:7]), shared[:32] + cases[7][:9], shared[:45]]
 
 
 def run(engine: InferenceEngine):
@@ -60,7 +60,7 @@ def expected(backend: str):
 
 
 def margin(output, place: int) -> float:
-    first, second = sorted((entry.logprob for entry in output.logprobs[place].values()), reverse=True)[:2]
+    (_, first), (_, second) = output.logprobs[place].top
     return first - second
 
 
@@ -80,14 +80,12 @@ def check(engine: InferenceEngine, backend: str) -> None:
     ("backend", "tensor", "pipeline"),
     [
         ("float32", 2, 1),
-        ("float32", 1, 2),
         ("as stored", 2, 1),
         ("as stored", 3, 1),
         ("as stored", 4, 1),
         ("as stored", 1, 3),
         ("as stored", 2, 2),
         ("int8", 2, 1),
-        ("int8", 4, 2),
         ("bfloat16", 2, 1),
     ],
 )
@@ -137,15 +135,6 @@ def test_a_model_that_cannot_be_cut_so_is_refused_before_anything_starts() -> No
 def test_what_a_rank_refuses_reaches_the_caller() -> None:
     with pytest.raises(ConfigError, match=r"rank \d.*max_model_len"):
         build(tensor_parallel=2, num_gpu_blocks_override=1)
-
-
-def test_a_request_that_cannot_be_sampled_fails_alone() -> None:
-    with build(tensor_parallel=2, pipeline_parallel=2) as engine:
-        good = SamplingParams(temperature=0, max_tokens=6)
-        bad = SamplingParams(temperature=0, max_tokens=6, allowed_token_ids=[5], logit_bias={5: float("-inf")})
-        outputs = engine.generate(["1 2 3 4", "The capital of France is"], [bad, good])
-        assert outputs[0].outputs[0].finish_reason == "error"
-        assert "Paris" in outputs[1].outputs[0].text
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from aios_parallel.control.connection import Connection
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LEAVE_SECONDS = 2.0
+_LEAVE_SECONDS = 0.5
 
 
 class RankProcesses:
@@ -66,9 +67,10 @@ class RankProcesses:
     def end(self) -> None:
         """Ends all of them for certain; their sockets should be closed by now, which asks them to leave."""
         with self._lock:
+            deadline = time.monotonic() + _LEAVE_SECONDS
             for process in self._processes.values():
                 try:
-                    process.wait(0 if process.poll() is not None else _LEAVE_SECONDS / len(self._processes))
+                    process.wait(max(0.0, deadline - time.monotonic()))
                 except subprocess.TimeoutExpired:
                     process.kill()
             for process in self._processes.values():
