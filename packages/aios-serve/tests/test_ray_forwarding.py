@@ -18,7 +18,7 @@ from aios_serve.ray_app.forwarding import MAX_LOST_REPLICAS, Forwarder
 from aios_serve.ray_app.ingress import Ingress
 from aios_serve.ray_app.merged_metrics import merge_expositions
 from aios_serve.ray_app.options import RayServeConfig
-from aios_serve.ray_app.replicas import ReplicaReport
+from aios_serve.ray_app.roll_call import FRESH_SECONDS, ReplicaReport, RollCall
 from aios_serve.request_identity import RequestIdentity, prompt_seed
 from aios_serve.server_config import ServerConfig
 
@@ -59,7 +59,7 @@ class Pool:
         finally:
             self.closed += 1
 
-    async def is_up(self):
+    def is_up(self):
         return self.up
 
 
@@ -175,30 +175,22 @@ async def test_what_an_application_raises_is_raised():
         await in_pieces(broken, call())
 
 
-def make_ingress(pool, **options):
-    """The ASGI application of the ingress, with `pool` in the place of Ray's replicas."""
+def make_ingress(pool, *reports, **options):
+    """The ASGI application of the ingress, with `pool` in the place of Ray's replicas, which have told `reports`."""
     ingress = Ingress.__new__(Ingress)
-    ingress._replicas, ingress._config = pool, RayServeConfig.from_args(options)
+    ingress._replicas, ingress._roll_call, ingress._config = pool, RollCall(), RayServeConfig.from_args(options)
+    for rank, (state, healthy) in enumerate(reports):
+        ingress._roll_call.hear(report(rank, state=state, healthy=healthy))
     return ingress.__serve_build_asgi_app__()
+
+
+def report(rank, *, state="ready", healthy=True, metrics=""):
+    return ReplicaReport(rank=rank, state=state, healthy=healthy, num_open_requests=3, metrics=metrics)
 
 
 def client_of(app, root_path=""):
     transport = httpx.ASGITransport(app, root_path=root_path, raise_app_exceptions=True)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
-
-
-class Reporting(Pool):
-    """Replicas that tell how they are."""
-
-    def __init__(self, *reports, scripts=()):
-        super().__init__(*scripts)
-        self.list = [
-            ReplicaReport(rank=rank, pid=1, state=state, healthy=healthy, num_open_requests=3)
-            for rank, (state, healthy) in enumerate(reports)
-        ]
-
-    async def reports(self):
-        return self.list
 
 
 @pytest.mark.parametrize(
@@ -213,7 +205,7 @@ class Reporting(Pool):
     ],
 )
 async def test_health_is_that_of_the_replica_that_is_best_off(reports, health, ready):
-    client = client_of(make_ingress(Reporting(*reports)))
+    client = client_of(make_ingress(Pool(), *reports))
     for path, expected in (("/health", health), ("/ping", health), ("/ready", ready)):
         got = await client.get(path)
         assert (got.status_code, got.json()["status"]) == expected
@@ -222,8 +214,8 @@ async def test_health_is_that_of_the_replica_that_is_best_off(reports, health, r
 
 @pytest.mark.parametrize("root_path", ["", "/llm"])
 async def test_keys_are_asked_for_at_the_ingress_whatever_the_prefix(root_path):
-    pool = Reporting(("ready", True), scripts=[[PLAIN]])
-    client = client_of(make_ingress(pool, api_key="secret"), root_path)
+    pool = Pool([PLAIN])
+    client = client_of(make_ingress(pool, ("ready", True), api_key="secret"), root_path)
     assert (await client.get(f"{root_path}/health")).status_code == 200
     refused = await client.get(f"{root_path}/v1/models")
     assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
@@ -252,6 +244,19 @@ async def test_a_body_beyond_the_limit_is_refused_before_a_replica_is_asked():
         answer = await client.post("/v1/completions", content=content)
         assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
     assert pool.calls == []
+
+
+def test_a_replica_that_is_silent_counts_as_gone(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    roll_call = RollCall()
+    roll_call.hear(report(1))
+    now += FRESH_SECONDS / 2
+    roll_call.hear(report(0, state="draining"))
+    roll_call.hear(report(0))
+    assert [(said.rank, said.state) for said in roll_call.reports()] == [(0, "ready"), (1, "ready")]
+    now += FRESH_SECONDS * 0.75
+    assert [said.rank for said in roll_call.reports()] == [0]
 
 
 async def test_metrics_of_replicas_are_told_apart_by_the_label_engine(client):

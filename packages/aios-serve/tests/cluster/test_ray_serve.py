@@ -193,7 +193,6 @@ REQUESTS = {
     "ready": ("GET", "/ready", b""),
     "ping": ("POST", "/ping", b""),
     "version": ("GET", "/version", b""),
-    "load": ("GET", "/load", b""),
 }
 
 
@@ -224,14 +223,15 @@ def test_a_client_that_leaves_aborts_its_request(served, stream):
     body = {"prompt": "a", "max_tokens": 1000, "ignore_eos": True, "stream": stream}
     if stream:
         with served.http.stream("POST", "/v1/completions", json=body) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             assert wait_for(lambda: served.load() == 1, 2)
     else:
         with pytest.raises(httpx.ReadTimeout):
             served.http.post("/v1/completions", json=body, timeout=0.7)
     assert wait_for(lambda: served.load() == 0, 5)
     generated = served.metric("vllm:generation_tokens_total")
-    time.sleep(0.3)
+    time.sleep(1.2)
     assert served.metric("vllm:generation_tokens_total") == generated
 
 
@@ -289,8 +289,12 @@ def test_load_brings_a_second_replica_that_takes_its_share(served, two_replicas)
     before = served.metric("vllm:generation_tokens_total")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: served.complete(max_tokens=40), range(8)))
-    after = served.metric("vllm:generation_tokens_total")
-    assert all(after[engine] - before[engine] >= 40 for engine in ("0", "1"))
+
+    def both_gained():
+        after = served.metric("vllm:generation_tokens_total")
+        return all(after[engine] - before[engine] >= 40 for engine in ("0", "1"))
+
+    assert wait_for(both_gained, 3)
 
 
 @pytest.mark.parametrize("victim", [REPLICA, ENGINE])
@@ -299,12 +303,13 @@ def test_no_request_is_lost_when_a_replica_or_its_engine_is_killed_before_the_fi
 ):
     prompts = [f"Tale number {random.randrange(10**6)}:" for _ in range(7)]
     with ThreadPoolExecutor(7) as pool:
-        answers = [pool.submit(served.complete, prompt=prompt, max_tokens=250) for prompt in prompts]
+        answers = [pool.submit(served.complete, prompt=prompt, max_tokens=400) for prompt in prompts]
         assert wait_for(lambda: served.load() == 4, 5)  # two run in each replica, three wait
+        assert is_ready(served), "a full replica is no sick one"
         assert not any(answer.done() for answer in answers)
         os.kill(min(cluster.pids(victim)), signal.SIGKILL)
         bodies = [answer.result(60) for answer in answers]
-        expected = list(pool.map(lambda prompt: plain.complete(prompt=prompt, max_tokens=250), prompts))
+        expected = list(pool.map(lambda prompt: plain.complete(prompt=prompt, max_tokens=400), prompts))
     assert without_names(bodies) == without_names(expected)
 
 
@@ -315,7 +320,7 @@ def test_a_request_waits_for_a_replica_when_there_is_none(cluster, served, two_r
         assert wait_for(lambda: served.load() == 2, 5)
         for pid in cluster.pids(REPLICA):
             os.kill(pid, signal.SIGKILL)
-        assert wait_for(lambda: served.http.get("/ready").status_code == 503, 5)
+        assert wait_for(lambda: served.http.get("/ready").status_code == 503, 6)
         assert served.http.get("/ready").json() == {"status": "loading"}
         assert len(whole.result(60)["choices"][0]["text"]) > 100
         assert len(seeded.result(60)["choices"][0]["text"]) > 100

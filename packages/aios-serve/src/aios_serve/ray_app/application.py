@@ -8,14 +8,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aios_model.errors import ConfigError
-from aios_serve.ray_app.engine_replica import EngineReplica
+from aios_serve.ray_app.engine_replica import ENGINE_DEPLOYMENT, INGRESS_DEPLOYMENT, EngineReplica
 from aios_serve.ray_app.ingress import Ingress
 from aios_serve.ray_app.options import RayServeConfig
 
 if TYPE_CHECKING:
     from ray.serve import Application  # pyright: ignore[reportMissingImports]
 
-ENGINE_DEPLOYMENT = "Engine"
 API_KEY_VARIABLE = "AIOS_API_KEY"
 
 _INGRESS_ROOM = 10_000
@@ -60,7 +59,7 @@ def create_application(config: RayServeConfig) -> Application:
     )
     ingress = serve.deployment(
         serve.ingress()(Ingress),
-        name="Ingress",
+        name=INGRESS_DEPLOYMENT,
         num_replicas=config.num_ingress_replicas,
         max_ongoing_requests=_INGRESS_ROOM,
         ray_actor_options={"num_cpus": 0},

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from aios_serve.errors import EngineDeadError
 from aios_serve.logging_setup import configure_logging
 from aios_serve.ray_app.asgi_call import AnswerStart, AsgiCall, call_app
 from aios_serve.ray_app.errors import ReplicaLostError
-from aios_serve.ray_app.replicas import ReplicaReport
+from aios_serve.ray_app.roll_call import REPORT_SECONDS, ReplicaReport
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ENGINE_DEPLOYMENT = "Engine"
+INGRESS_DEPLOYMENT = "Ingress"
 WATCH_SECONDS = 0.1
 
 
@@ -48,7 +51,7 @@ class EngineReplica:
         except BaseException:
             await self._engine.shutdown()
             raise
-        self._watch = asyncio.create_task(self._leave_with_engine())
+        self._tasks = [asyncio.create_task(work) for work in (self._leave_with_engine(), self._report())]
 
     async def answer(self, call: AsgiCall) -> AsyncGenerator[AnswerStart | bytes]:
         """Answer one request, in the pieces of `call_app`.
@@ -56,26 +59,11 @@ class EngineReplica:
         Raises:
             ReplicaLostError: the engine is dead; another replica may answer.
         """
-        async for part in call_app(self._app, call):
-            if isinstance(part, AnswerStart) and part.status == 503 and self._engine.state is EngineState.DEAD:
-                raise ReplicaLostError("the replica's engine has stopped")
-            yield part
-
-    async def report(self) -> ReplicaReport:
-        """How this replica is."""
-        return ReplicaReport(
-            rank=_rank(),
-            pid=os.getpid(),
-            state=str(self._engine.state),
-            healthy=self._engine.is_healthy(),
-            num_open_requests=self._engine.num_open_requests,
-        )
-
-    async def metrics(self) -> tuple[int, str]:
-        """The rank, and the metrics in Prometheus' text format."""
-        metrics: ServerMetrics = self._app.state.serving.metrics
-        text, _ = metrics.exposition("")
-        return _rank(), text.decode()
+        async with aclosing(call_app(self._app, call)) as parts:
+            async for part in parts:
+                if isinstance(part, AnswerStart) and part.status == 503 and self._engine.state is EngineState.DEAD:
+                    raise ReplicaLostError("the replica's engine has stopped")
+                yield part
 
     async def check_health(self) -> None:
         """Called by Ray every few seconds; a replica that raises is replaced.
@@ -88,10 +76,9 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Called by Ray once the open requests have ended, or their time is up."""
-        watch = getattr(self, "_watch", None)
-        if watch is not None:
-            watch.cancel()
-            await self._engine.shutdown()
+        for task in getattr(self, "_tasks", ()):
+            task.cancel()
+        await self._engine.shutdown()
 
     async def _leave_with_engine(self) -> None:
         while self._engine.state is not EngineState.DEAD:
@@ -99,8 +86,25 @@ class EngineReplica:
         logger.error("the engine is dead, and this replica leaves: %s", self._engine.state_detail)
         os._exit(1)
 
+    async def _report(self) -> None:
+        """Tell every ingress process how this replica is."""
+        from ray import serve  # pyright: ignore[reportMissingImports]
 
-def _rank() -> int:
-    from ray import serve  # pyright: ignore[reportMissingImports]
+        ingress = serve.get_deployment_handle(INGRESS_DEPLOYMENT, serve.get_replica_context().app_name)
+        while True:
+            report = self._describe(serve.get_replica_context().rank.rank)
+            try:
+                await ingress.broadcast("hear", report).results_async(timeout_s=REPORT_SECONDS, return_exceptions=True)
+            except Exception as error:  # none is there yet, or any more
+                logger.debug("no ingress can be told: %s", error)
+            await asyncio.sleep(REPORT_SECONDS)
 
-    return serve.get_replica_context().rank.rank
+    def _describe(self, rank: int) -> ReplicaReport:
+        metrics: ServerMetrics = self._app.state.serving.metrics
+        return ReplicaReport(
+            rank=rank,
+            state=str(self._engine.state),
+            healthy=self._engine.is_healthy(),
+            num_open_requests=self._engine.num_open_requests,
+            metrics=metrics.exposition("")[0].decode(),
+        )

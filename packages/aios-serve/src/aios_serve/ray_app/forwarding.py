@@ -44,7 +44,7 @@ class ReplicaPool(Protocol):
         """
         ...
 
-    async def is_up(self) -> bool:
+    def is_up(self) -> bool:
         """Whether a replica is running."""
         ...
 
@@ -130,7 +130,7 @@ class Forwarder:
         last_up = now()
         while now() - last_up < self._patience:
             await asyncio.sleep(min(LOOK_SECONDS, self._patience))
-            if await self._pool.is_up():
+            if self._pool.is_up():
                 last_up = now()
 
 

@@ -18,6 +18,7 @@ from aios_serve.ray_app.asgi_call import AnswerStart, AsgiCall
 from aios_serve.ray_app.forwarding import Forwarder
 from aios_serve.ray_app.merged_metrics import merge_expositions
 from aios_serve.ray_app.replicas import RayReplicas
+from aios_serve.ray_app.roll_call import RollCall
 from aios_serve.request_id import HEADER as REQUEST_ID
 from aios_serve.request_id import EchoRequestId
 from aios_serve.request_identity import RequestIdentity
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from aios_serve.ray_app.options import RayServeConfig
-    from aios_serve.ray_app.replicas import ReplicaReport
+    from aios_serve.ray_app.roll_call import ReplicaReport
 
 NO_REPLICA = "loading"
 """What `/health` says while no replica runs: one is being started."""
@@ -41,15 +42,20 @@ class Ingress:
     """
 
     def __init__(self, handle: Any, config: RayServeConfig) -> None:
-        self._replicas = RayReplicas(handle)
+        self._roll_call = RollCall()
+        self._replicas = RayReplicas(handle, self._roll_call)
         self._config = config
+
+    async def hear(self, report: ReplicaReport) -> None:
+        """Called by every replica, twice a second."""
+        self._roll_call.hear(report)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Ray Serve: what speaks HTTP here."""
         forwarder = Forwarder(self._replicas, patience=self._config.replica_patience)
         seed = self._config.engine.seed
         source = random.SystemRandom() if seed is None else random.Random(seed)
-        app: ASGIApp = _Endpoint(self._replicas, forwarder, source)
+        app: ASGIApp = _Endpoint(self._roll_call, forwarder, source)
         for layer in reversed(middleware(self._config.server)):
             if layer.cls is not EchoRequestId:  # Ray Serve does that
                 app = layer.cls(app, *layer.args, **layer.kwargs)
@@ -81,8 +87,8 @@ async def _live(receive: Receive, send: Send) -> None:
 class _Endpoint:
     """Answers what concerns all replicas, forwards the rest."""
 
-    def __init__(self, replicas: RayReplicas, forwarder: Forwarder, source: random.Random) -> None:
-        self._replicas = replicas
+    def __init__(self, roll_call: RollCall, forwarder: Forwarder, source: random.Random) -> None:
+        self._roll_call = roll_call
         self._forwarder = forwarder
         self._source = source
         self._own: dict[tuple[str, str], Callable[[Scope], Awaitable[Response]]] = {
@@ -115,19 +121,20 @@ class _Endpoint:
 
     async def _health(self, _scope: Scope) -> Response:
         """As the plain `/health`, of the replica that is best off."""
-        return _state_response(await self._replicas.reports(), lambda report: report.healthy)
+        return _state_response(self._roll_call.reports(), lambda report: report.healthy)
 
     async def _ready(self, _scope: Scope) -> Response:
-        reports = await self._replicas.reports()
+        reports = self._roll_call.reports()
         return _state_response(reports, lambda report: report.healthy and report.state == "ready")
 
     async def _load(self, _scope: Scope) -> Response:
-        load = sum(report.num_open_requests for report in await self._replicas.reports())
+        load = sum(report.num_open_requests for report in self._roll_call.reports())
         return json_response({"server_load": load})
 
     async def _metrics(self, scope: Scope) -> Response:
         accept = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"accept"), "")
-        text, content_type = merge_expositions(await self._replicas.metrics(), accept)
+        expositions = [(report.rank, report.metrics) for report in self._roll_call.reports()]
+        text, content_type = merge_expositions(expositions, accept)
         return Response(text, headers={"Content-Type": content_type})
 
     async def _version(self, _scope: Scope) -> Response:

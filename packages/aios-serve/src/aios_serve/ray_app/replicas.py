@@ -1,48 +1,18 @@
-"""The replicas of one deployment, as the ingress sees them: one is asked to answer, or all are asked how they are.
-
-Ray's exceptions end here; what goes on is ours.
-"""
+"""The replicas of one deployment, as the ingress sees them. Ray's exceptions end here; what goes on is ours."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aios_sched.errors import QueueFullError
 from aios_serve.errors import EngineUnavailableError
 from aios_serve.ray_app.asgi_call import AnswerStart, AsgiCall
 from aios_serve.ray_app.errors import ReplicaLostError
 
-logger = logging.getLogger(__name__)
-
-REPORT_AGE_SECONDS = 0.25
-"""Reports are asked for at most so often: `/health` is public."""
-
-REPORT_TIMEOUT_SECONDS = 3.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaReport:
-    """How one replica is.
-
-    Attributes:
-        rank: 0 for the first one; a replica that takes the place of another takes its rank.
-        pid: Its process, on its node.
-        state: State of its engine: "ready", "draining", …
-        healthy: Whether the engine moves.
-        num_open_requests: Requests that are being generated or wait for it.
-    """
-
-    rank: int
-    pid: int
-    state: str
-    healthy: bool
-    num_open_requests: int
+if TYPE_CHECKING:
+    from aios_serve.ray_app.roll_call import RollCall
 
 
 class RayReplicas:
@@ -50,14 +20,12 @@ class RayReplicas:
 
     Args:
         handle: Of the deployment of `EngineReplica`.
+        roll_call: Hears of the replicas that run.
     """
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, roll_call: RollCall) -> None:
         self._streaming = handle.options(stream=True)
-        self._reports: list[ReplicaReport] = []
-        self._reports_until = 0.0
-        self._asking = asyncio.Lock()
+        self._roll_call = roll_call
 
     async def call(self, call: AsgiCall) -> AsyncGenerator[AnswerStart | bytes]:
         """See ReplicaPool."""
@@ -72,32 +40,9 @@ class RayReplicas:
                 response.cancel()
             raise
 
-    async def is_up(self) -> bool:
+    def is_up(self) -> bool:
         """See ReplicaPool."""
-        return bool(await self.reports())
-
-    async def reports(self) -> list[ReplicaReport]:
-        """How the running replicas are, by rank, at most a quarter of a second old; empty if none is running."""
-        async with self._asking:
-            if time.monotonic() >= self._reports_until:
-                self._reports = sorted(await self._ask_all("report"), key=lambda report: report.rank)
-                self._reports_until = time.monotonic() + REPORT_AGE_SECONDS
-            return self._reports
-
-    async def metrics(self) -> list[tuple[int, str]]:
-        """Rank of each running replica with its metrics, in Prometheus' text format."""
-        return sorted(await self._ask_all("metrics"))
-
-    async def _ask_all(self, method: str) -> list[Any]:
-        """What each running replica answers; one that fails to is left out."""
-        try:
-            answers = await self._handle.broadcast(method).results_async(
-                timeout_s=REPORT_TIMEOUT_SECONDS, return_exceptions=True
-            )
-        except Exception as error:
-            logger.debug("no replica can be asked: %s", error)
-            return []
-        return [answer for answer in answers if not isinstance(answer, BaseException)]
+        return bool(self._roll_call.reports())
 
 
 def _ours(error: Exception) -> Exception:
