@@ -77,6 +77,13 @@ def test_serve(session: nox.Session) -> None:
     pytest(session, "packages/aios-serve")
 
 
+@nox.session(name="test-cluster", tags=["ci"])
+def test_cluster(session: nox.Session) -> None:
+    """What needs a Ray cluster: it is started on this machine, and nothing of it is left behind."""
+    sync(session, "--package=aios-serve", "--group=test", "--group=e2e", "--group=cluster")
+    pytest(session, "packages/aios-serve/tests/cluster")
+
+
 @nox.session(name="test-workspace", tags=["ci"])
 def test_workspace(session: nox.Session) -> None:
     """What no package can say alone: who imports torch, what the members may depend on, what the documents promise."""

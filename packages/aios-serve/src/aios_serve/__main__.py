@@ -1,4 +1,6 @@
-"""`python -m aios_serve`, which is how torchrun starts `aios-serve`."""
+"""`python -m aios_serve` is `aios-serve`, for launchers that start modules, such as torchrun."""
+
+from __future__ import annotations
 
 from aios_serve.cli import main
 

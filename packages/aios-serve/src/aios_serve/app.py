@@ -33,7 +33,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
         docs_url=None,  # the pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from the client's Host header
-        middleware=_middleware(config),
+        middleware=middleware(config),
     )
     server_metrics = ServerMetrics(engine)
     engine.subscribe(server_metrics)
@@ -44,8 +44,11 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     return app
 
 
-def _middleware(config: ServerConfig) -> list[Middleware]:
-    """From the outside in. CORS is outermost so that even refusals can be read by the pages that may call us."""
+def middleware(config: ServerConfig) -> list[Middleware]:
+    """What every request passes, from the outside in.
+
+    CORS is outermost so that even refusals can be read by the pages that may call us.
+    """
     layers = [Middleware(EchoRequestId), Middleware(LastResort)]
     if config.allowed_origins:
         layers.insert(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from aios_serve.error_responses import ClientDisconnectedError
 from aios_serve.openai_responses import PromptTokensDetails, Usage
+from aios_serve.request_identity import prompt_seed
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -28,6 +29,8 @@ class GenerationJob:
     """What one HTTP request asks of the engine: each prompt with its parameters, `n` choices of each.
 
     Choices are numbered through: choice j of prompt i has index `i * n + j` in the answer.
+
+    `default_seed` seeds parameters that bring none, each prompt differently; None leaves that to the engine.
     """
 
     request_id: str
@@ -36,6 +39,7 @@ class GenerationJob:
     priority: int = 0
     cache_salt: str = ""
     session: str = ""
+    default_seed: int | None = None
 
     @property
     def num_choices(self) -> int:
@@ -69,12 +73,17 @@ class GenerationJob:
         request_id = self.request_id if len(self.prompts) == 1 else f"{self.request_id}-{index}"
         return engine.generate(
             self.prompts[index],
-            self.params,
+            self._seeded_params(index),
             request_id=request_id,
             priority=self.priority,
             cache_salt=self.cache_salt,
             session=self.session,
         )
+
+    def _seeded_params(self, index: int) -> SamplingParams:
+        if self.default_seed is None or self.params.seed is not None:
+            return self.params
+        return replace(self.params, seed=prompt_seed(self.default_seed, index))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 from aios_serve.async_engine import EngineState
 from aios_serve.error_responses import ApiError
 from aios_serve.errors import EngineDeadError, EngineDrainingError, EngineLoadingError, EngineRestartingError
+from aios_serve.request_identity import identity_of
 
 if TYPE_CHECKING:
     from aios_serve.async_engine import AsyncEngine
@@ -62,9 +63,10 @@ class Serving:
         return model
 
 
-def new_id(prefix: str) -> str:
+def new_id(prefix: str, request: Request) -> str:
     """An id for one answer. Never taken from the client: two requests with one X-Request-Id are two requests."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    identity = identity_of(request.scope)
+    return f"{prefix}-{uuid.uuid4().hex if identity is None else identity.id}"
 
 
 async def _serving(request: Request) -> Serving:

@@ -14,6 +14,7 @@ from aios_serve.openai_types import ChatCompletionRequest
 from aios_serve.prompts import encode_chat, fit_prompt
 from aios_serve.refusals import CHAT
 from aios_serve.request_body import parse_body
+from aios_serve.request_identity import default_seed
 from aios_serve.routes.openapi import json_body
 from aios_serve.sampling_request import chat_params, with_default_max_tokens
 from aios_serve.serving import ServingDep, new_id
@@ -35,12 +36,13 @@ async def create_chat_completion(request: Request, serving: ServingDep) -> Respo
     prompt = fit_prompt(token_ids, body, params.max_tokens, max_model_len=limit, param="messages")
     default = engine.generation_defaults.max_new_tokens
     job = GenerationJob(
-        request_id=new_id("chatcmpl"),
+        request_id=new_id("chatcmpl", request),
         prompts=[prompt],
         params=with_default_max_tokens(params, default, room=limit - len(prompt)),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         session=session_of(request, body),
+        default_seed=default_seed(request.scope),
     )
     job.check(engine)
     reply = ChatReply(

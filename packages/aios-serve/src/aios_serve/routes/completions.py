@@ -14,6 +14,7 @@ from aios_serve.openai_types import CompletionRequest
 from aios_serve.prompts import echoed_prompts, encode_prompts, fit_prompt
 from aios_serve.refusals import COMPLETION, UnsupportedFieldError
 from aios_serve.request_body import parse_body
+from aios_serve.request_identity import default_seed
 from aios_serve.routes.openapi import json_body
 from aios_serve.sampling_request import COMPLETION_MAX_TOKENS, completion_params, with_default_max_tokens
 from aios_serve.serving import ServingDep, new_id
@@ -44,12 +45,13 @@ async def create_completion(request: Request, serving: ServingDep) -> Response:
     )
     prompts = [fit_prompt(ids, body, params.max_tokens, max_model_len=limit, param="prompt") for ids in encoded]
     job = GenerationJob(
-        request_id=new_id("cmpl"),
+        request_id=new_id("cmpl", request),
         prompts=prompts,
         params=with_default_max_tokens(params, COMPLETION_MAX_TOKENS, room=limit - max(map(len, prompts))),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         session=session_of(request, body),
+        default_seed=default_seed(request.scope),
     )
     job.check(engine)
     reply = CompletionReply(
