@@ -10,12 +10,10 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-
-from pyroute2 import NDB, netns
-from pyroute2.netlink.exceptions import NetlinkError
 
 HOSTS = {"a": "10.77.0.1", "b": "10.77.0.2"}
 OUTSIDE, INSIDE = "10.78.0.1", "10.78.0.2"
@@ -30,17 +28,9 @@ class TwoHosts:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.programs: list[subprocess.Popen[bytes]] = []
-        run = secrets.token_hex(2)
-        self.names = {host: f"aios-{run}-{host}" for host in HOSTS}
-        for name in self.names.values():
-            netns.create(name)
-        with NDB() as ndb:
-            for name in self.names.values():
-                ndb.sources.add(netns=name)
-            self._cable(ndb, f"ab{run}", f"ba{run}", "a", "b", HOSTS["a"], HOSTS["b"])
-            self._cable(ndb, f"out{run}", f"in{run}", None, "a", OUTSIDE, INSIDE)
-            for name in self.names.values():
-                ndb.interfaces[{"target": name, "ifname": "lo"}].set("state", "up").commit()
+        self._run = secrets.token_hex(2)
+        self.names = names_of(self._run)
+        in_own_process("set_up", self._run)
 
     def start(self, host: str, *command: str, environment: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Starts a program on a host, in a session of its own; what it says goes to `log`."""
@@ -81,29 +71,63 @@ class TwoHosts:
                     os.kill(pid, signal.SIGKILL)
         for program in self.programs:
             program.wait(5)
-        for name in self.names.values():
-            netns.remove(name)
-
-    def _cable(self, ndb: NDB, left: str, right: str, left_host: str | None, right_host: str, *addresses: str) -> None:
-        """A pair of interfaces, one on each host (None: where the tests run)."""
-        ndb.interfaces.create(ifname=left, kind="veth", peer=right).commit()
-        for ifname, host, address in zip((left, right), (left_host, right_host), addresses, strict=True):
-            target = "localhost" if host is None else self.names[host]
-            if host is not None:
-                ndb.interfaces[{"target": "localhost", "ifname": ifname}].set("net_ns_fd", target).commit()
-                ndb.interfaces.wait(target=target, ifname=ifname)
-            ndb.interfaces[{"target": target, "ifname": ifname}].add_ip(f"{address}/24").set("state", "up").commit()
+        in_own_process("take_down", self._run)
 
 
 def why_not() -> str | None:
     """Why there can be no hosts here; None if there can."""
-    name = f"aios-{secrets.token_hex(2)}-try"
+    run = secrets.token_hex(2)
     try:
-        netns.create(name)
-        netns.remove(name)
-    except (OSError, NetlinkError) as error:
-        return f"no network namespace can be made here ({error})"
+        in_own_process("set_up", run)
+        in_own_process("take_down", run)
+    except subprocess.CalledProcessError as error:
+        return f"no network namespaces can be made and joined here: {error.stderr.strip().splitlines()[-1]}"
     return None
+
+
+def in_own_process(call: str, run: str) -> None:
+    """Calls a function below elsewhere: pyroute2 leaves sockets open, which the tests take for a mistake of ours."""
+    command = [sys.executable, __file__, call, run]
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+
+def names_of(run: str) -> dict[str, str]:
+    """The namespaces of the hosts."""
+    return {host: f"aios-{run}-{host}" for host in HOSTS}
+
+
+def set_up(run: str) -> None:
+    """Makes the namespaces and the cables."""
+    from pyroute2 import NDB, netns
+
+    names = names_of(run)
+    for name in names.values():
+        netns.create(name)
+    with NDB() as ndb:
+        for name in names.values():
+            ndb.sources.add(netns=name)
+        _cable(ndb, f"ab{run}", f"ba{run}", names["a"], names["b"], HOSTS["a"], HOSTS["b"])
+        _cable(ndb, f"out{run}", f"in{run}", "localhost", names["a"], OUTSIDE, INSIDE)
+        for name in names.values():
+            ndb.interfaces[{"target": name, "ifname": "lo"}].set("state", "up").commit()
+
+
+def take_down(run: str) -> None:
+    """Removes the namespaces, and with them the cables."""
+    from pyroute2 import netns
+
+    for name in names_of(run).values():
+        netns.remove(name)
+
+
+def _cable(ndb, left: str, right: str, left_host: str, right_host: str, *addresses: str) -> None:
+    """A pair of interfaces, one in each namespace ("localhost": where the tests run)."""
+    ndb.interfaces.create(ifname=left, kind="veth", peer=right).commit()
+    for ifname, host, address in zip((left, right), (left_host, right_host), addresses, strict=True):
+        if host != "localhost":
+            ndb.interfaces[{"target": "localhost", "ifname": ifname}].set("net_ns_fd", host).commit()
+            ndb.interfaces.wait(target=host, ifname=ifname)
+        ndb.interfaces[{"target": host, "ifname": ifname}].add_ip(f"{address}/24").set("state", "up").commit()
 
 
 def netns_pids(name: str) -> list[int]:
@@ -126,3 +150,7 @@ def _inode(path: Path) -> int | None:
         return path.stat().st_ino
     except OSError:
         return None
+
+
+if __name__ == "__main__":
+    {"set_up": set_up, "take_down": take_down}[sys.argv[1]](sys.argv[2])
