@@ -128,13 +128,15 @@ def _ray(config: EngineConfig, mesh: Mesh, progress: Progress) -> StartedRanks:
     listener = RankListener("", 0, token=token)
     address = _own_address(config.ray_address)
     progress("asking Ray for room", None)
-    resources = {"CPU": float(config.threads or 1)} if config.device == "cpu" else {"GPU": 1.0, "CPU": 1.0}
+    # Under `uv run` Ray would send the whole working directory to every node; they have installations of their own.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         actors = start_on_ray(
-            [*_command(config), "--connect", f"{address}:{listener.port}"],
+            [*_command(config)[1:], "--connect", f"{address}:{listener.port}"],
             num_ranks=mesh.size,
             ranks_per_stage=mesh.tensor,
-            resources=resources,
+            device=config.device,
+            num_cpus=config.threads or 1,
             environment={TOKEN_VARIABLE: token},
             address=config.ray_address,
         )

@@ -61,10 +61,15 @@ def start_with_ray(hosts: TwoHosts) -> None:
     common = ["--num-cpus=2", "--object-store-memory=100000000", "--block"]
     head = [f"--node-ip-address={HOSTS['a']}", "--port=6399", f"--temp-dir={folder}", "--include-dashboard=false"]
     hosts.start("a", BIN / "ray", "start", "--head", *head, *common, environment=environment)
-    time.sleep(5)
+    deadline = time.monotonic() + 60
+    while "Ray runtime started" not in hosts.said():
+        assert time.monotonic() < deadline, hosts.said()
+        time.sleep(0.3)
     worker = [f"--address={HOSTS['a']}:6399", f"--node-ip-address={HOSTS['b']}"]
     hosts.start("b", BIN / "ray", "start", *worker, *common, environment=environment)
-    time.sleep(5)
+    while hosts.said().count("Ray runtime started") < 2:
+        assert time.monotonic() < deadline, hosts.said()
+        time.sleep(0.3)
     executor = ["--distributed-executor-backend", "ray", "--ray-address", f"{HOSTS['a']}:6399"]
     hosts.start("a", sys.executable, "-m", "aios_serve", *FLAGS, *executor, environment=environment)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from aios_model.errors import ConfigError
 from aios_parallel.errors import ParallelError
@@ -44,21 +45,23 @@ class RayRanks:
 
 
 def start_on_ray(
-    command: Sequence[str],
+    arguments: Sequence[str],
     *,
     num_ranks: int,
     ranks_per_stage: int,
-    resources: Mapping[str, float],
+    device: Literal["auto", "cpu", "cuda"],
+    num_cpus: int,
     environment: Mapping[str, str],
     address: str | None,
 ) -> RayRanks:
     """Starts a process per rank on a Ray cluster.
 
     Args:
-        command: What runs a rank; `--rank N` is appended.
+        arguments: What Python runs as a rank, such as `-m some.module`; `--rank N` is appended.
         num_ranks: How many.
         ranks_per_stage: Ranks that exchange most: they are kept on one node where there is room for them.
-        resources: What a rank takes of its node, such as `{"CPU": 2}` or `{"GPU": 1, "CPU": 1}`.
+        device: Whether a rank takes a GPU of its node; `auto`: if the cluster has one for each.
+        num_cpus: Cores that a rank takes of its node.
         environment: Variables to set in their processes.
         address: Of the cluster; None for the one this process belongs to, or else a new one on this host.
 
@@ -71,12 +74,13 @@ def start_on_ray(
     from ray.util.placement_group import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    resources = _resources(ray, device, num_cpus, num_ranks)
     ranks = RayRanks()
     try:
-        ranks.group = placement_group([dict(resources) for _ in range(num_ranks)], strategy="PACK")
+        ranks.group = placement_group([resources for _ in range(num_ranks)], strategy="PACK")
         if not ranks.group.wait(_READY_SECONDS):
             raise ParallelError(
-                f"the Ray cluster has no room for {num_ranks} ranks of {dict(resources)}: it offers "
+                f"the Ray cluster has no room for {num_ranks} ranks of {resources}: it offers "
                 f"{ray.cluster_resources()}; add nodes, or ask for fewer ranks or threads"
             )
         actor_class = ray.remote(max_restarts=0, max_concurrency=2)(RankActor)
@@ -86,7 +90,7 @@ def start_on_ray(
             ranks.actors.append(actor_class.options(scheduling_strategy=strategy, **options).remote())
         ranks.actors = _neighbours_first(ray, ranks.actors, ranks_per_stage)
         started = [
-            actor.start.remote([*command, "--rank", str(rank)], dict(environment))
+            actor.start.remote([*arguments, "--rank", str(rank)], dict(environment))
             for rank, actor in enumerate(ranks.actors)
         ]
         ray.get(started, timeout=_READY_SECONDS)
@@ -108,9 +112,11 @@ class RankActor:
 
         return ray.get_runtime_context().get_node_id()
 
-    def start(self, command: list[str], environment: dict[str, str]) -> int:
-        """Starts the process of the rank; returns its id."""
-        self._process = subprocess.Popen(command, env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+    def start(self, arguments: list[str], environment: dict[str, str]) -> int:
+        """Starts the process of the rank, by this node's Python; returns its id."""
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments], env={**os.environ, **environment}, stdin=subprocess.DEVNULL
+        )
         return self._process.pid
 
 
@@ -120,6 +126,11 @@ def _neighbours_first(ray: ModuleType, actors: list[Any], ranks_per_stage: int) 
     counts = {node: nodes.count(node) for node in nodes}
     order = sorted(range(len(actors)), key=lambda i: (counts[nodes[i]] % ranks_per_stage, nodes[i], i))
     return [actors[index] for index in order]
+
+
+def _resources(ray: ModuleType, device: str, num_cpus: int, num_ranks: int) -> dict[str, float]:
+    on_gpu = device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= num_ranks)
+    return {"CPU": float(num_cpus), "GPU": 1.0} if on_gpu else {"CPU": float(num_cpus)}
 
 
 def _import_ray() -> ModuleType:
