@@ -19,12 +19,6 @@ DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 
 # Flags of aios-serve that come with the executors of aios-parallel.
-COMING = {
-    "--data-parallel-size",
-    "--distributed-executor-backend",
-    "--pipeline-parallel-size",
-    "--tensor-parallel-size",
-}
 # What the LeaderWorkerSet controller sets in every pod of a group.
 LWS = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "aios-0.aios", "LWS_WORKER_INDEX": "1"}
 PROBES = {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
@@ -91,7 +85,7 @@ def known_flags():
 def test_flags_exist(name, command):
     flags = {word.partition("=")[0] for word in command if word.startswith("-")}
     assert flags
-    assert flags - known_flags() - COMING == set()
+    assert flags - known_flags() == set()
     assert not re.search(r"(?i)key|token|secret", " ".join(command)), "keys come from secrets"
 
 

@@ -180,7 +180,7 @@ def _own_address(peer: str | None) -> str:
     """The address by which hosts of the cluster reach this one: that of the route to its head, if it has one."""
     host = (peer or "").rpartition(":")[0].rpartition("/")[2]
     if not host:
-        import ray.util
+        import ray.util  # pyright: ignore[reportMissingImports]
 
         return ray.util.get_node_ip_address()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

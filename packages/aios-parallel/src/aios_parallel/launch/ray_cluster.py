@@ -33,8 +33,8 @@ class RayRanks:
 
     def end(self) -> None:
         """Ends the actors and gives their room back; calling it twice is fine."""
-        import ray
-        from ray.util import remove_placement_group
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.util import remove_placement_group  # pyright: ignore[reportMissingImports]
 
         actors, self.actors = self.actors, []
         for actor in actors:
@@ -71,8 +71,8 @@ def start_on_ray(
     """
     ray = _import_ray()
     _connect(ray, address)
-    from ray.util.placement_group import placement_group
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    from ray.util.placement_group import placement_group  # pyright: ignore[reportMissingImports]
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # pyright: ignore[reportMissingImports]
 
     resources = _resources(ray, device, num_cpus, num_ranks)
     ranks = RayRanks()
@@ -108,7 +108,7 @@ class RankActor:
 
     def node(self) -> str:
         """Which node it is on."""
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
 
         return ray.get_runtime_context().get_node_id()
 
@@ -135,7 +135,7 @@ def _resources(ray: ModuleType, device: str, num_cpus: int, num_ranks: int) -> d
 
 def _import_ray() -> ModuleType:
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             "distributed_executor='ray' needs Ray, which is not installed: pip install 'aios-serve[ray]'"
