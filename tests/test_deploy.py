@@ -18,7 +18,6 @@ ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 
-# Flags of aios-serve that come with the executors of aios-parallel.
 # What the LeaderWorkerSet controller sets in every pod of a group.
 LWS = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "aios-0.aios", "LWS_WORKER_INDEX": "1"}
 PROBES = {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
