@@ -37,6 +37,7 @@ TENSOR_MODULES = {
         "weights.packed_entry",
         "weights.permuted",
         "weights.safetensors",
+        "weights.sharded",
         "weights.source",
     ),
     "aios_kvcache": (
@@ -49,7 +50,16 @@ TENSOR_MODULES = {
         "pool_memory",
     ),
     "aios_sched": ("batch", "model_runner"),
-    "aios_parallel": (),
+    "aios_parallel": (
+        "pipeline",
+        "rank_groups",
+        "shared_memory",
+        "stage_runner",
+        "tensor_parallel",
+        "thread_group",
+        "torch_group",
+        "vocabulary",
+    ),
     "aios_quant": (
         "calibrate",
         "checkpoints",
@@ -60,6 +70,7 @@ TENSOR_MODULES = {
         "linear",
         "native.decoder",
         "native.matrix",
+        "native.reduction",
         "quantized_tensor",
         "reading",
         "reference",
@@ -70,12 +81,13 @@ TENSOR_MODULES = {
         "schemes.int4",
         "schemes.int8",
         "schemes.stored",
+        "shards",
         "transform",
         "writing",
     ),
-    "aios_serve": ("backend", "build"),
+    "aios_serve": ("backend", "build", "model_part", "served_rank"),
 }
-COMMANDS = ("aios_model.cli", "aios_quant.cli", "aios_serve.cli")
+COMMANDS = ("aios_model.cli", "aios_parallel.cli", "aios_quant.cli", "aios_serve.cli")
 
 
 @pytest.mark.parametrize("package", TENSOR_MODULES)

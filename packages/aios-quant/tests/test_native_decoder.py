@@ -21,6 +21,7 @@ from aios_model.weights.hub import resolve_model
 from aios_quant.native import decoder as native_decoder
 from aios_quant.native.decoder import NativeDecoder, unsupported
 from aios_quant.native.matrix import NativeMatrix
+from aios_quant.native.reduction import PythonReduction
 from aios_quant.schemes.registry import find_scheme
 from aios_quant.transform import quantize_model
 
@@ -186,3 +187,30 @@ def test_the_bundled_models_embedding_is_looked_up_natively_and_equal_to_the_mod
     assert look_up is not decoder.embedding
     tokens = torch.randint(0, decoder.config.vocab_size, (100,))
     assert torch.equal(look_up(tokens), decoder.embedding(tokens))
+
+
+def test_partial_sums_are_added_up_between_segments(saved) -> None:
+    files = saved("llama3")
+    plain, cache = native_model(files, "int8")
+    tokens, sums = [1, 2, 3, 4, 5], []
+    expected = hidden(plain, cache, [(tokens, SequenceSlice(start=0, length=5, block_table=[1]))])
+
+    def halve_and_double(values: torch.Tensor) -> None:
+        sums.append(values.clone())
+        values.mul_(0.5).mul_(2)
+
+    pool = get_pool(1)
+    reduce = PythonReduction(halve_and_double)
+    summed = NativeDecoder(plain._keep[0], cache, pool=pool, max_positions=128, reduce=reduce)
+    got = hidden(summed, cache, [(tokens, SequenceSlice(start=0, length=5, block_table=[2]))])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    layers = plain.config.num_hidden_layers
+    assert [each.numel() for each in sums] == [5 * plain.config.hidden_size] * 2 * layers
+    assert summed.num_layers_done == layers
+
+    def fail(values: torch.Tensor) -> None:
+        raise RuntimeError("the others are gone")
+
+    broken = NativeDecoder(plain._keep[0], cache, pool=pool, max_positions=128, reduce=PythonReduction(fail))
+    with pytest.raises(RuntimeError, match="are gone"):
+        hidden(broken, cache, [(tokens, SequenceSlice(start=0, length=5, block_table=[3]))])

@@ -29,11 +29,16 @@ class DecoderModel(nn.Module):
         config: What the model looks like.
         context_length: Longest context that will be served, in tokens; only dynamic rope depends on it. None is the
             length the checkpoint declares.
+
+    Attributes:
+        config: What the whole model looks like.
+        local_config: What of it this decoder holds, where transforms have left layers or heads to other ranks.
     """
 
     def __init__(self, config: ModelConfig, *, context_length: int | None = None) -> None:
         super().__init__()
         self.config = config
+        self.local_config = config
         self.context_length = context_length or config.max_position_embeddings
         self.dtype = torch.float32
         self.device = torch.device("meta")
@@ -47,12 +52,12 @@ class DecoderModel(nn.Module):
         """Runs T packed tokens, of one or many sequences, through all layers.
 
         Args:
-            tokens_T: Token ids, int64.
+            tokens_T: Token ids, int64; in a later stage of a pipeline the hidden states [T, D] of the stage before.
             positions_T: Position of each token in its own sequence, int64.
             cache: Stores and attends; it knows which token belongs to which sequence.
 
         Returns:
-            Hidden states after the last norm, [T, D].
+            Hidden states after the last norm, [T, D]; in an earlier stage those after its last layer.
         """
         x_TD = self.embedding(tokens_T)
         rotation = self.rotary(positions_T)

@@ -7,7 +7,7 @@ or is left over is refused by name: a model that runs on wrong weights is worse 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def load_weights(
     file_format: str,
     dtype: torch.dtype,
     device: torch.device,
+    parameters: Sequence[ParameterSlot] | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Reads every parameter of `decoder` from `source`.
@@ -58,6 +59,7 @@ def load_weights(
         decoder: Built empty, already transformed if it is to be.
         source: Where the tensors are.
         file_format: `safetensors` or `gguf`: which of the family's names apply.
+        parameters: What the source must hold, where `decoder` is only a part of the model; None: what `decoder` needs.
         dtype: What the parameters become.
         device: Where they go.
         progress: Called with the share of parameters read, 0 to 1.
@@ -67,7 +69,7 @@ def load_weights(
     """
     reader = _EntryReader(source.entries(), family_named(decoder.config.architecture), file_format, decoder.config)
     modules = sorted(_loadable(decoder), key=lambda pair: -sum(_numel(slot) for slot in module_slots(*pair)))
-    reader.check([slot for pair in modules for slot in module_slots(*pair)])
+    reader.check(parameter_slots(decoder) if parameters is None else parameters)
     total = sum(_numel(slot) for pair in modules for slot in module_slots(*pair)) or 1
     done = 0
     for path, module in modules:
@@ -88,8 +90,13 @@ def load_weights(
 def parameter_shapes(decoder: DecoderModel, file_format: str = "safetensors") -> dict[str, tuple[int, ...]]:
     """Checkpoint names and shapes of everything `decoder` needs, for dummy weights and for arithmetic."""
     family = family_named(decoder.config.architecture)
-    slots = (slot for pair in _loadable(decoder) for slot in module_slots(*pair))
+    slots = parameter_slots(decoder)
     return {_locate(slot.path, family, file_format, decoder.config).name: slot.shape for slot in slots}
+
+
+def parameter_slots(decoder: DecoderModel) -> list[ParameterSlot]:
+    """All parameters of `decoder` as it is now."""
+    return [slot for pair in _loadable(decoder) for slot in module_slots(*pair)]
 
 
 def module_slots(path: str, module: nn.Module) -> list[ParameterSlot]:
@@ -126,7 +133,7 @@ class _EntryReader:
         for entry in self._entries.values():
             entry.release()
 
-    def check(self, slots: list[ParameterSlot]) -> None:
+    def check(self, slots: Sequence[ParameterSlot]) -> None:
         """Raises CheckpointError unless the source holds exactly the tensors that `slots` need, in their shapes."""
         locations = {slot.path: _locate(slot.path, self._family, self._format, self._config) for slot in slots}
         missing = [where.name for where in locations.values() if where.name not in self._entries]
@@ -187,6 +194,9 @@ def _load_module(
         names = {part: f"{path}.{part}" if part else path for part in module.parts}
         weights = {part: reader.find(f"{name}.weight") for part, name in names.items()}
         biases = {part: reader.find(f"{name}.bias") for part, name in names.items()} if module.has_bias else {}
+        if (shard := module.shard) is not None:
+            weights = {part: shard.weight(part, entry) for part, entry in weights.items()}
+            biases = {part: shard.bias(part, entry) for part, entry in biases.items()}
         module.load(weights, biases, dtype=dtype, device=device)
     elif isinstance(module, Embedding | RMSNorm):
         module.load(reader.find(f"{path}.weight"), dtype=dtype, device=device)

@@ -15,7 +15,7 @@ from aios_model.decoder import DecoderModel
 from aios_model.errors import ConfigError
 from aios_model.generation_config import GenerationDefaults
 from aios_model.layers.linear import Linear
-from aios_model.loader import load_weights, parameter_shapes
+from aios_model.loader import load_weights, parameter_shapes, parameter_slots
 from aios_model.tokenizer.tokenizer import Tokenizer
 from aios_model.weights.dummy import DummySource
 from aios_model.weights.gguf import GGUFSource
@@ -176,9 +176,10 @@ def load_decoder(
     torch_device = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, config, torch_device)
     decoder = DecoderModel(config, context_length=context_length).eval()
+    source, file_format = open_source(files, decoder, load_format=load_format, seed=seed)
+    parameters = parameter_slots(decoder)  # of the whole model: transforms may leave a part of it to other ranks
     for transform in transforms:
         transform(decoder)
-    source, file_format = open_source(files, decoder, load_format=load_format, seed=seed)
     for present in source_transforms if load_format != "dummy" else ():
         source = present(source, files)
     load_weights(
@@ -187,6 +188,7 @@ def load_decoder(
         file_format=file_format,
         dtype=torch_dtype,
         device=torch_device,
+        parameters=parameters,
         progress=None if progress is None else lambda share: progress("loading weights", share),
     )
     gc.collect()

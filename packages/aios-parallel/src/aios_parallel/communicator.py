@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
+from aios_parallel.errors import CollectiveTimeoutError
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -97,6 +99,11 @@ class NativeReduce:
     function: int
     context: int
     failed: Callable[[], bool]
+
+    def check(self) -> None:
+        """Raises CollectiveTimeoutError if a call gave up."""
+        if self.failed():
+            raise CollectiveTimeoutError("another rank did not come to a sum of this step")
 
 
 @dataclass(slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aios_model.errors import AiosError
+from aios_sched.errors import ExecutorLostError
 
 
 class ParallelError(AiosError):
@@ -13,7 +14,7 @@ class CollectiveTimeoutError(ParallelError):
     """A rank waited too long for another one; the group can no longer be used."""
 
 
-class RankFailedError(ParallelError):
+class RankFailedError(ParallelError, ExecutorLostError):
     """A rank died, hung or reported an error that leaves the group out of step; the group can no longer be used."""
 
 

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aios_model.errors import CheckpointError
+from aios_model.errors import CheckpointError, UnsupportedModelError
+from aios_model.weights.sharded import ShardedEntry
 from aios_model.weights.source import PIECE_ELEMENTS, TensorEntry
 from aios_quant.checkpoints.quantized_entry import QuantizedEntry
 from aios_quant.kernel import Weight
 from aios_quant.quantized_tensor import PackedWeight, collect_rows
 from aios_quant.schemes.base import QuantScheme
 from aios_quant.schemes.gguf import GGUF_ENCODINGS, unpack_gguf
+from aios_quant.shards import read_rows
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -42,7 +44,7 @@ def read_weight(entry: TensorEntry, scheme: QuantScheme, dtype: torch.dtype) -> 
     """Reads a matrix and gives its file pages back.
 
     Args:
-        entry: The matrix, [N, K].
+        entry: The matrix, [N, K], or a rank's share of one.
         scheme: What it is to become.
         dtype: What a weight that stays floating becomes; stored floats that are narrower stay as they are stored.
 
@@ -61,6 +63,10 @@ def read_weight(entry: TensorEntry, scheme: QuantScheme, dtype: torch.dtype) -> 
 
 def quantize_rows(entry: TensorEntry, quantize: Callable[[Tensor], Weight], dtype: torch.dtype) -> Weight:
     """Decodes a matrix a few rows at a time and quantises each piece; `dtype` is for weights that stay floats."""
+    if isinstance(entry, ShardedEntry) and not entry.has_all_columns:
+        # The scales of a row are made of all its columns, also of those that other ranks hold.
+        shard = read_rows(entry, lambda rows: quantize(entry.whole.read(rows=rows, dtype=torch.float32)))
+        return entry.read(dtype=dtype) if shard is None else shard
     rows, columns = entry.shape
     step = max(1, PIECE_ELEMENTS // max(1, columns))
     first = quantize(entry.read(rows=slice(0, step), dtype=torch.float32))
@@ -94,6 +100,8 @@ def weight_format(weight: Weight) -> tuple[object, ...]:
 
 def _read_stored(entry: TensorEntry, dtype: torch.dtype) -> StoredWeight | None:
     """The weight in the file's own codes or narrower floats; None if it has to be decoded."""
+    if isinstance(entry, ShardedEntry) and (shard := _read_stored_shard(entry)) is not None:
+        return shard
     if isinstance(entry, QuantizedEntry):
         return StoredWeight(weight=entry.quantized(), column_order_K=entry.column_order_K)
     if entry.encoding in GGUF_ENCODINGS:
@@ -102,3 +110,20 @@ def _read_stored(entry: TensorEntry, dtype: torch.dtype) -> StoredWeight | None:
     if stored is not None and stored.itemsize < dtype.itemsize:
         return StoredWeight(weight=entry.read(dtype=stored))
     return None
+
+
+def _read_stored_shard(entry: ShardedEntry) -> StoredWeight | None:
+    """A rank's share of codes; None if the file holds none."""
+    whole = entry.whole
+    if isinstance(whole, QuantizedEntry):
+        if whole.column_order_K is not None and not entry.has_all_columns:
+            raise UnsupportedModelError(
+                f"{entry.name}: its columns are ordered by importance (desc_act), so a rank cannot hold some of them; "
+                "serve it on one device, or another quantisation of this model"
+            )
+        weight = read_rows(entry, lambda rows: whole.quantized(rows=rows))
+        return None if weight is None else StoredWeight(weight=weight, column_order_K=whole.column_order_K)
+    if whole.encoding not in GGUF_ENCODINGS:
+        return None
+    weight = read_rows(entry, lambda rows: unpack_gguf(whole.encoding, whole.raw(rows=rows)))
+    return None if weight is None else StoredWeight(weight=weight)

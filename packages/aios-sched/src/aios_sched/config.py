@@ -21,6 +21,8 @@ class SchedulerConfig:
         max_num_queued: Requests that may wait beyond those a free seat is there for; None means any number.
         watermark: Share of the pages that admission leaves free for the requests that run, which will need more as they
             grow; without it, a new request would be admitted only to be preempted a few steps later.
+        max_steps_in_flight: Steps that run side by side, one per stage of a pipeline: each takes its share of the
+            requests that are being answered.
 
     Raises:
         ConfigError: a limit is out of range, or contradicts another.
@@ -32,9 +34,10 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     max_num_queued: int | None = None
     watermark: float = 0.01
+    max_steps_in_flight: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_steps_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} cannot be used: it must be at least 1")
         if self.max_num_queued is not None and self.max_num_queued < 0:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from aios_sched.errors import SchedulingError, describe
+from aios_sched.errors import ExecutorLostError, SchedulingError, describe
 from aios_sched.stats import EngineStats, StepStats
 from aios_sched.validation import check_token_ids
 
@@ -85,6 +85,9 @@ class Engine:
 
         Returns:
             News of the requests in that step; empty when there is nothing to do, and after a step without new tokens.
+
+        Raises:
+            ExecutorLostError: What runs the steps is gone; the engine cannot be used again.
         """
         started = perf_counter()
         outputs = self._submit_steps()
@@ -95,6 +98,10 @@ class Engine:
         self._step_seconds += perf_counter() - started
         self._tell_finished(outputs)
         return outputs
+
+    def check(self) -> None:
+        """Raises ExecutorLostError if no step can run any more; worth asking while there is nothing to do."""
+        self._executor.check()
 
     def stats(self) -> EngineStats:
         """How it stands."""
@@ -155,6 +162,8 @@ class Engine:
         self._in_flight.append(step)
         try:
             step.handle = self._executor.submit(step.output)
+        except ExecutorLostError:
+            raise
         except Exception as error:
             step.error = error
 
@@ -164,6 +173,8 @@ class Engine:
         self._num_steps += 1
         try:
             result = step.result()
+        except ExecutorLostError:
+            raise
         except Exception as error:
             return self._recover(step, error)
         seconds = perf_counter() - step.submitted

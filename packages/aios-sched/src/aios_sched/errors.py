@@ -3,9 +3,11 @@
     AiosError
      ├─ QueueFullError         too many requests wait already; try again later
      ├─ SchedulingError        planning a step failed at one request
-     └─ StepResultError        a step came back without a token that it owed
+     ├─ StepResultError        a step came back without a token that it owed
+     └─ ExecutorLostError      what runs the steps is gone, and with it all keys and values
 
-Only QueueFullError reaches the caller of `Engine.add`. The others end one request each, with finish_reason "error".
+Only QueueFullError reaches the caller of `Engine.add`. SchedulingError and StepResultError end one request each, with
+finish_reason "error"; ExecutorLostError ends the engine.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ class SchedulingError(AiosError):
 
 class StepResultError(AiosError):
     """A step came back without a token that it was asked to sample, or out of order."""
+
+
+class ExecutorLostError(AiosError):
+    """What runs the steps is gone: another process died, or hangs. No step can run any more."""
 
 
 def describe(error: BaseException) -> str:

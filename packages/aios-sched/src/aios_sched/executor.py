@@ -30,7 +30,15 @@ class Executor(Protocol):
         ...
 
     def submit(self, output: SchedulerOutput) -> StepHandle:
-        """Starts a step. A step that fails says so in `result()`; an exception here counts as its failure too."""
+        """Starts a step. A step that fails says so in `result()`; an exception here counts as its failure too.
+
+        Raises:
+            ExecutorLostError: Here or in `result()`: no step can run any more.
+        """
+        ...
+
+    def check(self) -> None:
+        """Raises ExecutorLostError if no step can run any more; asked now and then while there is nothing to do."""
         ...
 
     def shutdown(self) -> None:
@@ -74,6 +82,9 @@ class LocalExecutor:
             return _FinishedStep(self._runner.execute(output))
         except Exception as error:
             return _FailedStep(error)
+
+    def check(self) -> None:
+        """Steps run in this process: as long as somebody asks, they can."""
 
     def shutdown(self) -> None:
         """Nothing to let go of."""

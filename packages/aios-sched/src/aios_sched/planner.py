@@ -94,15 +94,17 @@ class StepPlanner:
     def _plan_decodes(self, plan: StepPlan) -> list[Request]:
         """Gives a place to every request with one token to compute; returns those with more.
 
-        The budget holds one token of each seat, so nobody is left out. Victims of preemption stand behind the request
-        at hand, so removing them does not disturb the iteration.
+        The budget holds one token of each seat, so nobody is left out, unless several steps are to be on their way
+        side by side: each then takes its share of the requests and leaves the others to the next. Victims of
+        preemption stand behind the request at hand, so removing them does not disturb the iteration.
         """
         prefills = []
+        seats = -(-len(self.running) // self._config.max_steps_in_flight)
         for request in self.running:
             num_new = len(request.token_ids) - request.num_computed_tokens - request.num_in_flight_tokens
             if num_new == 1:
                 plan.current = request
-                if self._take_page(request):
+                if len(plan.rows) < seats and self._take_page(request):
                     self._take_tokens(request, plan)
             elif num_new:  # 0: its next token is still on its way
                 prefills.append(request)

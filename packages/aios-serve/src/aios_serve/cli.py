@@ -6,6 +6,7 @@ Nothing heavy is imported before the arguments are known to be right: `--help` a
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from enum import StrEnum
@@ -16,8 +17,12 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from aios_model.errors import AiosError, ConfigError
+from aios_parallel.launch.torchrun import TorchrunPlace
+from aios_parallel.mesh import Mesh
 from aios_serve.config import EngineConfig, parse_count
+from aios_serve.launching import check_world
 from aios_serve.server_config import ServerConfig
+from aios_serve.torchrun_rank import keep_rank
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,6 +101,15 @@ class KVCacheDType(StrEnum):
     int8 = "int8"
 
 
+class ExecutorBackend(StrEnum):
+    """Values of --distributed-executor-backend."""
+
+    auto = "auto"
+    mp = "mp"
+    torchrun = "torchrun"
+    ray = "ray"
+
+
 class DataParallelRouting(StrEnum):
     """Values of --data-parallel-routing."""
 
@@ -140,7 +154,8 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_MODEL, _HTTP, _MEMORY, _BATCHING, _PROCESS = "Model", "HTTP", "Memory", "Batching", "Process"
+_MODEL, _HTTP, _MEMORY, _BATCHING = "Model", "HTTP", "Memory", "Batching"
+_PARALLEL, _PROCESS = "Parallelism", "Process"
 
 
 def _option(*names: str, panel: str, help: str, **settings: object) -> typer.models.OptionInfo:
@@ -329,11 +344,61 @@ def serve(
     ] = ENGINE.max_num_queued_reqs or 0,
     tensor_parallel_size: Annotated[
         int,
-        _option("--tensor-parallel-size", "-tp", panel=_PROCESS, help="Devices that share each layer; only 1 so far."),
+        _option(
+            "--tensor-parallel-size",
+            "-tp",
+            panel=_PARALLEL,
+            help="Ranks that share each layer: GPUs, or processes on the CPU.",
+        ),
     ] = ENGINE.tensor_parallel,
+    pipeline_parallel_size: Annotated[
+        int,
+        _option(
+            "--pipeline-parallel-size",
+            "-pp",
+            panel=_PARALLEL,
+            help="Stages that hold some of the layers each, every one of them a tensor-parallel group.",
+        ),
+    ] = ENGINE.pipeline_parallel,
+    enable_expert_parallel: Annotated[
+        bool,
+        _option(
+            "--enable-expert-parallel/--no-enable-expert-parallel",
+            panel=_PARALLEL,
+            help="Deal the experts of a mixture out to the ranks, rather than cutting each of them.",
+        ),
+    ] = ENGINE.expert_parallel,
+    distributed_executor_backend: Annotated[
+        ExecutorBackend,
+        _option(
+            "--distributed-executor-backend",
+            panel=_PARALLEL,
+            help="Who starts the ranks: this process (mp), torchrun on several hosts, or a Ray cluster. "
+            "auto: torchrun under torchrun, else mp.",
+        ),
+    ] = ExecutorBackend.auto,
+    ray_address: Annotated[
+        str | None,
+        _option(
+            "--ray-address",
+            panel=_PARALLEL,
+            metavar="HOST:PORT",
+            help="Of the Ray cluster; default: the one this host belongs to.",
+        ),
+    ] = None,
+    rank_timeout: Annotated[
+        float,
+        _option(
+            "--rank-timeout",
+            panel=_PARALLEL,
+            help="Seconds without a sign of life, or of progress, after which a rank counts as lost.",
+        ),
+    ] = ENGINE.rank_timeout,
     threads: Annotated[
         int | None,
-        _option("--threads", panel=_PROCESS, show_default="one per core", help="CPU threads of the engine."),
+        _option(
+            "--threads", panel=_PROCESS, show_default="one per core", help="CPU threads of the engine, of each rank."
+        ),
     ] = None,
     cpu_bind: Annotated[
         str,
@@ -426,6 +491,11 @@ def serve(
         cpu_bind=cpu_bind,
         quantization=quantization,
         tensor_parallel=tensor_parallel_size,
+        pipeline_parallel=pipeline_parallel_size,
+        expert_parallel=enable_expert_parallel,
+        distributed_executor=distributed_executor_backend.value,
+        ray_address=ray_address,
+        rank_timeout=rank_timeout,
         engine_process=engine_process,
         data_parallel=data_parallel_size,
         data_parallel_routing=data_parallel_routing.value,
@@ -447,7 +517,15 @@ def serve(
 
 
 def _run(engine_config: EngineConfig, server_config: ServerConfig, log_level: str) -> int:
-    """Everything is right so far: now import the server, which takes half a second."""
+    """Everything is right so far: now import the server, which takes half a second.
+
+    Of the processes that torchrun starts, the first serves; the others compute for it.
+    """
+    place = TorchrunPlace.from_environment(os.environ)
+    if place is not None:
+        check_world(Mesh(tensor=engine_config.tensor_parallel, pipeline=engine_config.pipeline_parallel), place)
+        if place.rank > 0:
+            return keep_rank(place.rank, log_level=log_level)
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -481,7 +559,13 @@ def _in_flags(message: str) -> str:
     """A ConfigError in the words of the command line: `max_model_len=0 ...` becomes `--max-model-len=0 ...`."""
     names = {*EngineConfig.__dataclass_fields__, *ServerConfig.__dataclass_fields__, "tensor_parallel_size"}
     flags = {name: "--" + name.replace("_", "-") for name in names}
-    flags |= {"tensor_parallel": "--tensor-parallel-size", "data_parallel": "--data-parallel-size"}
+    flags |= {
+        "tensor_parallel": "--tensor-parallel-size",
+        "pipeline_parallel": "--pipeline-parallel-size",
+        "expert_parallel": "--enable-expert-parallel",
+        "data_parallel": "--data-parallel-size",
+        "distributed_executor": "--distributed-executor-backend",
+    }
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
 
 

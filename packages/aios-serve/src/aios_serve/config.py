@@ -20,6 +20,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
+ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
 RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -56,8 +57,16 @@ class EngineConfig:
         generation_config: "auto" takes sampling defaults from the model, "none" takes none of them (vLLM's word "vllm"
             is accepted), a folder takes its generation_config.json.
         chat_template: Template text, or a file holding it, instead of the model's own.
-        threads: Threads on the CPU; None takes one per core, within this process's share of them.
-        tensor_parallel: Devices that share each layer. Only 1 until aios-parallel is there.
+        threads: Threads on the CPU, of each rank; None takes one per core, within this process's share of them, dealt
+            out to ranks and replicas.
+        tensor_parallel: Ranks that share each layer: GPUs, or processes on the CPU.
+        pipeline_parallel: Stages, each of them a group of `tensor_parallel` ranks that holds some of the layers.
+        expert_parallel: Deal the experts of a mixture out to the ranks of a stage, rather than cutting each of them.
+        distributed_executor: Who starts the ranks: "mp" this process, on this host; "torchrun", on every host it was
+            started on; "ray", on a cluster. "auto" is torchrun under torchrun, else mp.
+        ray_address: Of the Ray cluster for `distributed_executor="ray"`, such as "10.0.0.1:6379"; None joins the one
+            this host belongs to, or starts one here.
+        rank_timeout: Seconds without a sign of life, or of progress with a step, after which a rank counts as lost.
         quantization: Scheme of the weights: "int8", "int4", "fp8", "as-stored" and more (`aios_quant.SCHEME_NAMES`),
             "none" for plain numbers, or "auto": on a CPU the fastest that keeps the quality, see `backend.py`.
         kv_cache_dtype: Numbers in the pages: "bfloat16" and "int8" need native kernels; "auto" is bfloat16 with them
@@ -100,6 +109,11 @@ class EngineConfig:
     chat_template: str | None = None
     threads: int | None = None
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    expert_parallel: bool = False
+    distributed_executor: ExecutorBackend = "auto"
+    ray_address: str | None = None
+    rank_timeout: float = 4.0
     quantization: str = "auto"
     kv_cache_dtype: KVCacheDType = "auto"
     cpu_bind: str = "none"
@@ -116,7 +130,6 @@ class EngineConfig:
         self._check_choices()
         self._check_ranges()
         self._check_combinations()
-        self._refuse_missing_layers()
 
     @classmethod
     def from_options(cls, **options: Any) -> EngineConfig:
@@ -128,6 +141,11 @@ class EngineConfig:
                 hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"
                 raise ConfigError(f"unknown engine option {name!r}; {hint}")
         return cls(**options)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes that hold the model together."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     def _normalise(self) -> None:
         for name in ("model", "tokenizer", "download_dir", "generation_config", "chat_template"):
@@ -160,6 +178,7 @@ class EngineConfig:
             ("device", Device),
             ("kv_cache_policy", KVCachePolicy),
             ("kv_cache_dtype", KVCacheDType),
+            ("distributed_executor", ExecutorBackend),
             ("data_parallel_routing", RoutingName),
             ("log_level", LogLevel),
         ):
@@ -185,6 +204,7 @@ class EngineConfig:
             ("data_parallel", 1),
             ("threads", 1),
             ("tensor_parallel", 1),
+            ("pipeline_parallel", 1),
         ):
             value = getattr(self, name)
             if value is not None and not low <= value < 2**48:
@@ -194,8 +214,9 @@ class EngineConfig:
         share = self.device_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise _bad("device_memory_utilization", share, "it is a share above 0 and up to 1, such as 0.9")
-        if not 0 < self.heartbeat_timeout < float("inf"):
-            raise _bad("heartbeat_timeout", self.heartbeat_timeout, "it must be a positive number of seconds")
+        for name in ("heartbeat_timeout", "rank_timeout"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise _bad(name, getattr(self, name), "it must be a positive number of seconds")
 
     def _check_combinations(self) -> None:
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -212,13 +233,8 @@ class EngineConfig:
         if self.data_parallel > 1 and not self.engine_process:
             raise _bad("data_parallel", self.data_parallel, "each replica is a process; leave engine_process on")
 
-    def _refuse_missing_layers(self) -> None:
-        if self.tensor_parallel > 1:
-            raise _bad(
-                "tensor_parallel",
-                self.tensor_parallel,
-                "splitting a model needs the layer aios-parallel, which is not there yet; leave it at 1",
-            )
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise _bad("expert_parallel", True, "experts are dealt out to the tensor_parallel ranks; ask for 2 or more")
 
 
 def parse_count(text: str, *, option: str) -> int:

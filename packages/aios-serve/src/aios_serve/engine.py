@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from aios_model.generation_config import GenerationDefaults
     from aios_model.tokenizer.tokenizer import Tokenizer
     from aios_sched.stats import EngineStats
-    from aios_serve.build import BuiltEngine
+    from aios_serve.assembly import BuiltEngine
     from aios_serve.model_info import EngineInfo
     from aios_serve.offline_inputs import Message, Prompt
     from aios_serve.open_request import OpenRequest

@@ -44,6 +44,7 @@ class EngineLoop:
             if self._port.has_unfinished:
                 self._channel.send(self._port.step())
             else:
+                self._port.check()
                 self._channel.send(Heartbeat(stats=self._port.stats()))
 
     def _handle(self, command: Command) -> None:

@@ -61,6 +61,10 @@ class EnginePort:
         outputs = [self._child_output(output) for output in self._engine.step()]
         return Outputs(outputs=outputs, stats=self._engine.stats(), num_tokens=self._step_tokens.take())
 
+    def check(self) -> None:
+        """Raises ExecutorLostError if no step can run any more."""
+        self._engine.check()
+
     def stats(self) -> EngineStats:
         """The engine's counters."""
         return self._engine.stats()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import TypeAlias
 
-    from aios_serve.build import BuiltEngine
+    from aios_serve.assembly import BuiltEngine
     from aios_serve.channel import EngineChannel
     from aios_serve.config import EngineConfig
 
@@ -54,7 +54,11 @@ def serve(channel: EngineChannel, build: Build) -> int:
 
 
 def build_with_progress(config: EngineConfig, progress: Progress) -> BuiltEngine:
-    """The real thing: says that it imports torch before it does, which takes seconds."""
+    """The real thing: says that it imports torch before it does, which takes seconds. Ranks do so by themselves."""
+    if config.num_ranks > 1:
+        from aios_serve.build_parallel import build_parallel_engine
+
+        return build_parallel_engine(config, progress)
     progress("importing torch", None)
     started = time.perf_counter()
     from aios_serve.build import build_engine

@@ -30,6 +30,8 @@ class EngineInfo:
         threads: Threads that compute on the CPU.
         import_seconds: Time taken by `import torch`, 0 if it was imported already.
         load_seconds: Time from then until ready.
+        tensor_parallel: Ranks that share each layer; bytes and threads above are those of all ranks.
+        pipeline_parallel: Stages of the pipeline.
     """
 
     model_name: str
@@ -52,3 +54,5 @@ class EngineInfo:
     threads: int
     import_seconds: float
     load_seconds: float
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1

@@ -34,10 +34,11 @@ def replica_config(config: EngineConfig, replica: int, *, num_cores: int | None 
         return config
     cpus = None if config.cpu_bind in ("auto", "none") else parse_cpu_list(config.cpu_bind)
     cores = len(cpus) if cpus else usable_cores() if num_cores is None else num_cores
-    threads = config.threads or max(1, cores // count)
+    threads = config.threads or max(1, cores // (count * config.num_ranks))
+    width = threads * config.num_ranks
     if config.cpu_bind != "none":
-        cpus = resolve_cpu_bind(cpus or "auto", num_threads=threads * count)
-    mine = "none" if cpus is None else ",".join(map(str, cpus[replica * threads : (replica + 1) * threads]))
+        cpus = resolve_cpu_bind(cpus or "auto", num_threads=width * count)
+    mine = "none" if cpus is None else ",".join(map(str, cpus[replica * width : (replica + 1) * width]))
     return replace(config, threads=threads, cpu_bind=mine)
 
 
@@ -57,7 +58,7 @@ def replica_environment(config: EngineConfig, replica: int, *, gpus: Sequence[st
     gpus = visible_gpus() if gpus is None else gpus
     if not gpus:
         return {}
-    each = config.tensor_parallel
+    each = config.num_ranks
     if len(gpus) < config.data_parallel * each:
         raise ConfigError(
             f"data_parallel={config.data_parallel} cannot be used: the replicas need {config.data_parallel * each} "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aios_model.weights.sharded import LinearShard
 from aios_model.weights.source import TensorEntry
 
 # The number of rows oneDNN lays the packed weight out for; this one serves 1 to 64 rows best in our measurements.
@@ -31,6 +32,9 @@ class Linear(nn.Module):
         in_features: Width of the input.
         parts: Output width by part name, in stacking order; a single unnamed part for plain layers.
         bias: Whether a bias vector is added.
+
+    Attributes:
+        shard: Which part of the checkpoint's weight this is, where a rank holds only some of it; else None.
     """
 
     def __init__(self, in_features: int, parts: int | Mapping[str, int], *, bias: bool = False) -> None:
@@ -39,9 +43,25 @@ class Linear(nn.Module):
         self.parts = {"": parts} if isinstance(parts, int) else dict(parts)
         self.out_features = sum(self.parts.values())
         self.has_bias = bias
+        self.shard: LinearShard | None = None
         self.weight: Tensor = torch.empty(self.out_features, in_features, device="meta")
         self.bias: Tensor | None = None
         self._packed: Tensor | None = None
+
+    def take_shard(self, shard: LinearShard, *, bias: bool = True) -> None:
+        """Makes an empty layer hold a part of itself only: what one rank of a group computes.
+
+        Args:
+            shard: Which outputs and inputs.
+            bias: Whether the rank adds the bias, if there is one: of ranks whose outputs are summed, one does.
+        """
+        assert self.weight.is_meta, "a layer is cut before it is loaded"
+        self.shard = shard
+        self.parts = {part: shard.rows[part].size if part in shard.rows else n for part, n in self.parts.items()}
+        self.out_features = sum(self.parts.values())
+        self.in_features = self.in_features if shard.columns is None else shard.columns.size
+        self.has_bias = self.has_bias and bias
+        self.weight = torch.empty(self.out_features, self.in_features, device="meta")
 
     def load(
         self,

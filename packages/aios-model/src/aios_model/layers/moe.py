@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,10 @@ class MixtureOfExperts(nn.Module):
         num_experts: E.
         num_experts_per_tok: Experts each token visits.
         norm_topk_prob: Whether the visited experts' weights are rescaled to sum to one.
+
+    Attributes:
+        held_experts: Those that this rank computes; the others' share of the output is left out.
+        on_routed: Told how many of a step's tokens each expert got, if anybody wants to know.
     """
 
     def __init__(
@@ -34,6 +40,8 @@ class MixtureOfExperts(nn.Module):
         self.norm_topk_prob = norm_topk_prob
         self.router = Linear(hidden_size, num_experts)
         self.experts = nn.ModuleList(MLP(hidden_size, intermediate_size) for _ in range(num_experts))
+        self.held_experts = range(num_experts)
+        self.on_routed: Callable[[list[int]], None] | None = None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] -> [T, D]. Tokens are sorted by expert, so that each expert runs once over its own."""
@@ -44,11 +52,13 @@ class MixtureOfExperts(nn.Module):
         scale = weights.flatten()[order, None]
         out = torch.zeros_like(x_TD)
         start = 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count:
-                mine = slice(start, start + count)
-                out.index_add_(0, tokens[mine], expert(x_TD[tokens[mine]]) * scale[mine])
-                start += count
+        for index, count in enumerate(counts):
+            mine = slice(start, start + count)
+            if count and index in self.held_experts:
+                out.index_add_(0, tokens[mine], self.experts[index](x_TD[tokens[mine]]) * scale[mine])
+            start += count
+        if self.on_routed is not None:
+            self.on_routed(counts)
         return out
 
     def _route(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:

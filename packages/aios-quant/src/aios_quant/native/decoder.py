@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from ctypes import c_double
+from ctypes import c_double, c_int64
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from aios_model.config import ModelConfig
 from aios_model.decoder import DecoderLayer, DecoderModel
 from aios_model.errors import UnsupportedModelError
 from aios_model.layers.attention import Attention
+from aios_model.layers.embedding import Embedding
 from aios_model.layers.linear import Linear
 from aios_model.layers.mlp import MLP
 from aios_model.layers.norm import RMSNorm
@@ -23,6 +24,7 @@ from aios_model.native.threads import ThreadPool
 from aios_model.weights.block_rows import BlockRows
 from aios_quant.linear import QuantizedLinear
 from aios_quant.native.matrix import NativeLinear, NativeMatrix
+from aios_quant.native.reduction import StepReduction
 from aios_quant.native.step_structures import PHASES, DecoderStruct, LayerStruct
 from aios_quant.native.structures import quant_function
 
@@ -38,13 +40,23 @@ class NativeDecoder:
         cache: The pages that every step will be bound to.
         pool: Threads that compute.
         max_positions: Longest sequence, in tokens.
+        reduce: Adds up the partial sums of a tensor-parallel group; None if the decoder holds whole layers.
+
+    Attributes:
+        config: What the whole model looks like.
 
     Raises:
         UnsupportedModelError: The model has layers that the native step does not know; `supports` says so beforehand.
     """
 
     def __init__(
-        self, decoder: DecoderModel, cache: NativePagedKVCache, *, pool: ThreadPool, max_positions: int
+        self,
+        decoder: DecoderModel,
+        cache: NativePagedKVCache,
+        *,
+        pool: ThreadPool,
+        max_positions: int,
+        reduce: StepReduction | None = None,
     ) -> None:
         reason = unsupported(decoder)
         if reason is not None:
@@ -58,7 +70,9 @@ class NativeDecoder:
         self._pool = pool
         self._keep: list[object] = [decoder]  # what the C structures point into
         self._rotations = rotation_table(decoder.rotary, max_positions)
-        self._head = self._linear(decoder.head, group=None, step=None)
+        self._head = self._linear(decoder.head, group=None, step=None) if isinstance(decoder.head, Linear) else None
+        self._layers_done = c_int64()
+        self._reduce = reduce
         self._struct = self._describe(decoder, cache)
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._profile: ctypes.Array[c_double] | None = None
@@ -67,9 +81,12 @@ class NativeDecoder:
         """Hidden states after the last norm, [T, D] float32; as `DecoderModel.forward`, for the bound batch.
 
         Args:
-            tokens_T: Token ids, int64.
+            tokens_T: Token ids, int64, or the hidden states [T, D] of an earlier stage.
             positions_T: Position of each token in its own sequence, int64.
             cache: The one given at construction, bound to the step's batch.
+
+        Raises:
+            Whatever `reduce` gave up with.
         """
         assert cache is self._cache, "a native decoder runs on the pages it was built for"
         x_TD = self._embedding(tokens_T).to(torch.float32).contiguous()
@@ -90,11 +107,19 @@ class NativeDecoder:
             memory + -memory % 64,
             None if self._profile is None else ctypes.addressof(self._profile),
         )
+        if self._reduce is not None:
+            self._reduce.check()
         return hidden_TD
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Scores of every token of the vocabulary, [S, V] float32."""
+        assert self._head is not None, "an earlier stage has no head"
         return self._head.forward(hidden_SD)
+
+    @property
+    def num_layers_done(self) -> int:
+        """Layers computed so far, in all steps; may be read by another thread while a step runs."""
+        return self._layers_done.value
 
     def profile(self) -> dict[str, float]:
         """Seconds spent per phase since the first call, which switches the accounting on."""
@@ -103,7 +128,7 @@ class NativeDecoder:
         return dict(zip(PHASES, self._profile, strict=True))
 
     def _describe(self, decoder: DecoderModel, cache: NativePagedKVCache) -> DecoderStruct:
-        config = decoder.config
+        config = decoder.local_config
         layers = [layer for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         steps = {kind: _common_step([_linear_of(layer, kind) for layer in layers]) for kind in _KINDS}
         # q, k, v and gate, up read the same normalised x through one buffer.
@@ -125,8 +150,11 @@ class NativeDecoder:
             head_dim=config.head_dim,
             eps=config.rms_norm_eps,
             layers=structs,
-            final_norm=self._norm(decoder.norm),
+            final_norm=self._norm(decoder.norm) if isinstance(decoder.norm, RMSNorm) else None,
             rotations=pointer(self._rotations),
+            reduce=None if self._reduce is None else self._reduce.function,
+            reduce_context=None if self._reduce is None else self._reduce.context,
+            layers_done=ctypes.addressof(self._layers_done),
         )
 
     def _describe_layer(self, struct: LayerStruct, layer: DecoderLayer, steps: dict[str, int]) -> None:
@@ -162,7 +190,7 @@ _KINDS = ("qkv", "output", "gate_up", "down")
 
 def unsupported(decoder: DecoderModel) -> str | None:
     """Why the native step cannot run a model; None if it can."""
-    config: ModelConfig = decoder.config
+    config: ModelConfig = decoder.local_config
     if decoder.device.type != "cpu":
         return f"it is on {decoder.device}"
     if any(spec.moe for spec in config.layers):
@@ -197,7 +225,7 @@ def rotation_table(rotary: RotaryEmbedding, max_positions: int) -> Tensor:
 
 def _embedding_of(decoder: DecoderModel) -> Callable[[Tensor], Tensor]:
     """[T] int64 -> [T, D]: native where the table's encoding is known there, else the model's own module."""
-    table = decoder.embedding.table
+    table = decoder.embedding.table if isinstance(decoder.embedding, Embedding) else None
     if table is None or decoder.dtype != torch.float32 or not BlockRows.supports(table):
         return decoder.embedding
     return BlockRows(table).gather

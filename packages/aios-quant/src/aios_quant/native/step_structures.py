@@ -46,6 +46,7 @@ class DecoderStruct(ctypes.Structure):
         ("rotations", c_void_p),
         ("reduce", c_void_p),
         ("reduce_context", c_void_p),
+        ("layers_done", c_void_p),
     )
 
 

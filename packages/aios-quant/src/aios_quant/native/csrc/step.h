@@ -36,11 +36,12 @@ struct Decoder {
   int32_t num_layers, hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim;
   float eps;
   const Layer* layers;
-  const float* final_norm;      // [D]
+  const float* final_norm;      // [D]; null in an earlier stage of a pipeline: hidden states leave as they are
   const float* rotations;       // [positions, H]: H/2 cosines, then H/2 sines
   // Adds up partial sums [count] over tensor-parallel ranks, in place; null on a single device.
   void (*reduce)(void* context, float* values, int64_t count);
   void* reduce_context;
+  int64_t* layers_done;         // counted up after every layer, for whoever watches; or null
 };
 
 // What one step spent where, in seconds, as its first thread saw it.
@@ -140,10 +141,12 @@ class StepRun {
     for (int i = 0; i < model_.num_layers; ++i) {
       attention(model_.layers[i]);
       mlp(model_.layers[i]);
+      if (model_.layers_done && team_.rank() == 0) __atomic_fetch_add(model_.layers_done, 1, __ATOMIC_RELAXED);
     }
     const int size = model_.hidden_size;
     team_.for_each_in_runs(tokens_, [&](int64_t t) {
-      rms_norm(x_ + t * size, model_.final_norm, hidden_TD + t * size, size, model_.eps);
+      if (model_.final_norm) rms_norm(x_ + t * size, model_.final_norm, hidden_TD + t * size, size, model_.eps);
+      else std::memcpy(hidden_TD + t * size, x_ + t * size, size * sizeof(float));
     });
   }
 

@@ -1,0 +1,61 @@
+"""The tokens of one device, however the model is cut: in float64, where no rounding decides.
+
+Every run preempts, and finds prefixes in the cache; the test would say so if it did not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from aios_parallel.mesh import Mesh
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return cache(lambda family, tiny: tiny("tokens_of")(single_engine(family, tiny), tiny("requests")()))
+
+
+def single_engine(family, tiny):
+    return tiny("build_engine")(tiny("single_runner")(tiny("config_of")(family)))
+
+
+MESHES = [(2, 1), (3, 1), (4, 1), (1, 2), (1, 3), (2, 2), (3, 3), (6, 2)]
+
+
+def check(tiny, expected, family, mesh, **options) -> None:
+    runner = tiny("ThreadedRunner")(tiny("config_of")(family), mesh, **options)
+    engine = tiny("build_engine")(runner)
+    assert tiny("tokens_of")(engine, tiny("requests")()) == expected(family, tiny)
+    stats = engine.stats()
+    assert stats.num_preemptions > 0
+    assert stats.prefix_cache_hits > 0
+    assert stats.kv_cache_usage == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biases", "qwen2", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize(("tensor", "pipeline"), MESHES, ids=str)
+def test_tokens_are_those_of_one_device(tiny, expected, family, tensor, pipeline) -> None:
+    check(tiny, expected, family, Mesh(tensor=tensor, pipeline=pipeline))
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 2), (5, 1)], ids=str)
+def test_dealt_out_experts_give_the_tokens_of_one_device(tiny, expected, tensor, pipeline) -> None:
+    check(tiny, expected, "qwen3-moe", Mesh(tensor=tensor, pipeline=pipeline), expert_parallel=True)
+
+
+def test_cut_embedding_gives_the_tokens_of_one_device(tiny, expected) -> None:
+    check(tiny, expected, "llama-biases", Mesh(tensor=3), shard_embedding=True)
+
+
+def test_ranks_exchange_what_the_plan_says(tiny) -> None:
+    config = tiny("config_of")("llama")
+    runner = tiny("ThreadedRunner")(config, Mesh(tensor=2))
+    engine = tiny("build_engine")(runner)
+    engine.add(tiny("requests")()[0])
+    engine.step()
+    # Two sums of the chunk's 14 hidden states for each layer; half the scores of the one token that was drawn.
+    sums, scores = 2 * 3 * 14 * config.hidden_size * 8, 160 * 8
+    assert [group.traffic.calls for group in runner.groups] == [7, 7]
+    assert [group.traffic.num_bytes for group in runner.groups] == [sums + scores] * 2

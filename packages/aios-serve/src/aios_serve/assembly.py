@@ -1,0 +1,71 @@
+"""The engine around whatever runs the steps: pages to keep the books of, a scheduler, a port. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.sizing import PoolPlan
+from aios_model.weights.hub import ModelFiles
+from aios_sched.config import SchedulerConfig
+from aios_sched.engine import Engine
+from aios_sched.executor import Executor
+from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.scheduler import Scheduler
+from aios_serve.config import EngineConfig
+from aios_serve.engine_port import EnginePort, StepTokenCounter
+from aios_serve.model_info import EngineInfo
+
+CPU_STEP_TOKENS = 256
+DEVICE_STEP_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltEngine:
+    """An engine ready to run.
+
+    Attributes:
+        port: Takes requests and runs steps.
+        info: What was built.
+        files: Where the model came from, for whoever turns text into requests.
+        close: Lets go of whatever runs the steps.
+    """
+
+    port: EnginePort
+    info: EngineInfo
+    files: ModelFiles
+    close: Callable[[], None]
+
+
+def assemble(config: EngineConfig, plan: PoolPlan, limits: SchedulerConfig, executor: Executor) -> EnginePort:
+    """The engine that plans steps within `limits` over the pages of `plan`, and has `executor` run them."""
+    block_manager = BlockManager(
+        num_blocks=plan.num_blocks,
+        block_size=plan.block_size,
+        enable_prefix_caching=caches_prefixes(config),
+    )
+    step_tokens = StepTokenCounter()
+    engine = Engine(Scheduler(limits, block_manager, FCFSQueue()), executor, listeners=[step_tokens])
+    return EnginePort(engine, step_tokens=step_tokens, reset_prefix_cache=block_manager.reset_prefix_cache)
+
+
+def scheduler_config(config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_stages: int = 1) -> SchedulerConfig:
+    """The limits that `config` asks for, or that suit the device."""
+    budget = config.max_num_batched_tokens
+    if budget is None:
+        budget = CPU_STEP_TOKENS if on_cpu else DEVICE_STEP_TOKENS
+        budget = max(budget, config.max_num_seqs, 0 if config.enable_chunked_prefill else plan.max_model_len)
+    return SchedulerConfig(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=budget,
+        max_model_len=plan.max_model_len,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        max_num_queued=config.max_num_queued_reqs,
+        max_steps_in_flight=num_stages,
+    )
+
+
+def caches_prefixes(config: EngineConfig) -> bool:
+    """A contiguous reservation is one page, which is never full: there is nothing to share."""
+    return config.enable_prefix_caching and config.kv_cache_policy == "paged"

@@ -1,0 +1,112 @@
+"""The composition root for a group of ranks: starts them, has them load their parts, puts an engine in front.
+
+This process drives: it plans steps and keeps the books of pages, and needs no torch for it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from aios_kvcache.sizing import PoolPlan
+from aios_model.config_file import read_model_config
+from aios_parallel.executor import GroupExecutor
+from aios_parallel.mesh import Mesh
+from aios_serve.assembly import BuiltEngine, assemble, scheduler_config
+from aios_serve.launching import start_ranks
+from aios_serve.model_info import EngineInfo
+from aios_serve.parallel_checks import check_mesh
+from aios_serve.served_model import find_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aios_parallel.control.driver import RankGroup
+    from aios_serve.config import EngineConfig
+    from aios_serve.launching import StartedRanks
+
+
+def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float | None], None]) -> BuiltEngine:
+    """Build everything that `config` asks for, on as many ranks as it asks for.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        ConfigError: an option cannot be honoured with this model or on this machine.
+        ParallelError: a rank could not be started, or failed.
+    """
+    started = time.perf_counter()
+    files = find_model(config)
+    mesh = Mesh(tensor=config.tensor_parallel, pipeline=config.pipeline_parallel)
+    check_mesh(config, read_model_config(files, allow_quantized=True), mesh)
+    progress(f"starting {mesh.size} ranks", None)
+    ranks = start_ranks(config, mesh, progress)
+    try:
+        plan, reports = _set_up(ranks, config, progress)
+    except BaseException:
+        ranks.group.close()
+        raise
+    ranks.group.start_steps()
+    limits = scheduler_config(config, plan, on_cpu=reports[0].device == "cpu", num_stages=mesh.pipeline)
+    executor = GroupExecutor(ranks.group, mesh=mesh, vocab_size=reports[0].vocab_size)
+    port = assemble(config, plan, limits, executor)
+    info = _describe(reports, plan, limits.max_num_batched_tokens, mesh, seconds=time.perf_counter() - started)
+    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown)
+
+
+def _set_up(
+    ranks: StartedRanks, config: EngineConfig, progress: Callable[[str, float | None], None]
+) -> tuple[PoolPlan, list[EngineInfo]]:
+    """Has the ranks meet, load and reserve their pages: as many as the one with the least room has."""
+    group: RankGroup = ranks.group
+    common: dict[str, Any] = {
+        "config": asdict(config),
+        "run_id": secrets.token_hex(8),
+        "hosts": ranks.hosts,
+        "addresses": ranks.addresses,
+    }
+    ports = group.call("meet", [{**common, "rank": rank} for rank in range(group.size)], progress)
+    store = None if ports[0] is None else (ranks.addresses[0] or "127.0.0.1", ports[0])
+    answers = group.call("load", [{"store": store}] * group.size, progress)
+    plans = [PoolPlan(**answer["plan"]) for answer in answers]
+    num_blocks, length = min(plan.num_blocks for plan in plans), min(plan.max_model_len for plan in plans)
+    agreed = [
+        PoolPlan(
+            num_blocks=num_blocks,
+            block_size=plan.block_size,
+            max_model_len=length,
+            num_bytes=plan.num_bytes * (num_blocks + 1) // (plan.num_blocks + 1),
+        )
+        for plan in plans
+    ]
+    progress("reserving the pool of pages", None)
+    group.call("allocate", [{"plan": asdict(plan)} for plan in agreed], progress)
+    total = PoolPlan(
+        num_blocks=num_blocks,
+        block_size=plans[0].block_size,
+        max_model_len=length,
+        num_bytes=sum(plan.num_bytes for plan in agreed),
+    )
+    return total, [EngineInfo(**answer["info"]) for answer in answers]
+
+
+def _describe(
+    reports: list[EngineInfo], plan: PoolPlan, max_num_batched_tokens: int, mesh: Mesh, *, seconds: float
+) -> EngineInfo:
+    """What was built, of all ranks together."""
+    fields = asdict(reports[0])
+    import_seconds = max(report.import_seconds for report in reports)
+    fields |= {
+        "num_weight_bytes": sum(report.num_weight_bytes for report in reports),
+        "num_blocks": plan.num_blocks,
+        "num_kv_bytes": plan.num_bytes,
+        "max_model_len": plan.max_model_len,
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "threads": sum(report.threads for report in reports),
+        "import_seconds": import_seconds,
+        "load_seconds": seconds - import_seconds,
+        "tensor_parallel": mesh.tensor,
+        "pipeline_parallel": mesh.pipeline,
+    }
+    return EngineInfo(**fields)

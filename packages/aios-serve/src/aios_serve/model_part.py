@@ -1,0 +1,163 @@
+"""What one process holds of a model: all of it, or a rank's part. Loaded, given pages, made ready to run steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from aios_kvcache.native.native_cache import NativePagedKVCache
+from aios_kvcache.paged_cache import PagedKVCache
+from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
+from aios_model.decoder import DecoderModel
+from aios_model.model import ModelTransform, load_decoder
+from aios_model.native.cores import usable_cores
+from aios_model.sampling.sampler import Sampler
+from aios_model.weights.hub import ModelFiles
+from aios_quant.checkpoints.source import quantized_checkpoint
+from aios_quant.native.decoder import NativeDecoder, unsupported
+from aios_quant.native.reduction import StepReduction
+from aios_sched.model_runner import Pages, StepModel
+from aios_serve.backend import Backend, choose_backend
+from aios_serve.config import EngineConfig
+
+# What is being done, and how much of it is done (0..1) where that is known.
+Progress: TypeAlias = Callable[[str, float | None], None]
+
+DEVICE_MEMORY_SHARE = 0.9
+TORCH_THREADS = torch.get_num_threads()  # torch's own choice, as it was before any engine changed it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPart:
+    """Weights in memory, and the choices that go with them.
+
+    Attributes:
+        config: The options.
+        decoder: The network, or what of it this process holds.
+        backend: What computes.
+        num_neighbours: Processes that share this host's memory, this one included.
+    """
+
+    config: EngineConfig
+    decoder: DecoderModel
+    backend: Backend
+    num_neighbours: int = 1
+
+    @classmethod
+    def load(
+        cls,
+        config: EngineConfig,
+        files: ModelFiles,
+        *,
+        transforms: Sequence[ModelTransform] = (),
+        num_neighbours: int = 1,
+        progress: Progress,
+    ) -> ModelPart:
+        """Reads the weights.
+
+        Args:
+            config: The options.
+            files: Where the checkpoint is.
+            transforms: What leaves parts of the model to other ranks.
+            num_neighbours: As the attribute.
+            progress: Told what is being done.
+
+        Raises:
+            ModelError: The model cannot be read or run.
+            ConfigError: An option cannot be honoured with this model or on this machine.
+        """
+        torch.set_num_threads(config.threads or default_threads())
+        progress("choosing kernels", None)
+        backend = choose_backend(config, files)
+        decoder = load_decoder(
+            files,
+            dtype=backend.dtype,
+            device=config.device,
+            load_format=config.load_format,
+            context_length=config.max_model_len,
+            transforms=[*backend.transforms, *transforms],
+            source_transforms=[quantized_checkpoint],
+            seed=config.seed or 0,
+            progress=progress,
+        )
+        return cls(config=config, decoder=decoder, backend=backend, num_neighbours=num_neighbours)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that compute on the CPU."""
+        return torch.get_num_threads() if self.backend.pool is None else self.backend.pool.num_threads
+
+    def plan(self) -> PoolPlan:
+        """The pool of pages that fits beside the weights.
+
+        Raises:
+            PoolTooSmallError: The memory does not hold one sequence of the length asked for.
+        """
+        config, decoder = self.config, self.decoder
+        return plan_pool(
+            decoder.local_config,
+            dtype_bytes=decoder.dtype.itemsize,
+            bytes_per_token=self.backend.kv_bytes_per_token(decoder.local_config),
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_model_len=config.max_model_len,
+            memory_bytes=self._pool_bytes(),
+            num_blocks=config.num_gpu_blocks_override,
+            policy=config.kv_cache_policy,
+            available_bytes=self._available_bytes(),
+        )
+
+    def build(self, plan: PoolPlan, reduce: StepReduction | None = None) -> tuple[StepModel, Pages, Sampler]:
+        """What a runner needs: the model, its pages, the sampler.
+
+        Args:
+            plan: How many pages.
+            reduce: Adds up the partial sums of a tensor-parallel group in native steps; the modules do so by hooks.
+        """
+        decoder, backend = self.decoder, self.backend
+        sampler = Sampler(vocab_size=decoder.config.vocab_size, device=decoder.device, pool=backend.pool)
+        if backend.pool is None or backend.kv_dtype is None:
+            cache = PagedKVCache(
+                decoder.local_config,
+                num_blocks=plan.num_blocks,
+                block_size=plan.block_size,
+                dtype=decoder.dtype,
+                device=decoder.device,
+            )
+            return decoder, cache, sampler
+        pages = NativePagedKVCache(
+            decoder.local_config,
+            num_blocks=plan.num_blocks,
+            block_size=plan.block_size,
+            pool=backend.pool,
+            kv_dtype=backend.kv_dtype,
+        )
+        if unsupported(decoder) is not None:  # its modules run, each with native kernels
+            return decoder, pages, sampler
+        native = NativeDecoder(decoder, pages, pool=backend.pool, max_positions=plan.max_model_len, reduce=reduce)
+        return native, pages, sampler
+
+    def _available_bytes(self) -> int:
+        if self.decoder.device.type == "cuda":
+            return torch.cuda.mem_get_info(self.decoder.device)[0]
+        return available_memory() // (self.num_neighbours * self.config.data_parallel)
+
+    def _pool_bytes(self) -> int | None:
+        """Bytes for the pool; None lets the plan take its share of host memory, as far as it has use for it."""
+        config = self.config
+        if config.kv_cache_memory_bytes is not None or config.num_gpu_blocks_override is not None:
+            return config.kv_cache_memory_bytes
+        if self.decoder.device.type == "cuda":
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self.decoder.device)
+            share = config.device_memory_utilization or DEVICE_MEMORY_SHARE
+            return device_budget(free_bytes=free_bytes, total_bytes=total_bytes, device_memory_utilization=share)
+        share = config.device_memory_utilization
+        return None if share is None else int(self._available_bytes() * share)
+
+
+def default_threads() -> int:
+    """Torch's own choice (physical cores), but no more than this process may use at once."""
+    return max(1, min(TORCH_THREADS, usable_cores()))

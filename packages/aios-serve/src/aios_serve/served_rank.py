@@ -1,0 +1,180 @@
+"""One rank of a group, as the driver addresses it: meets the others, loads its part of the model, runs its steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from aios_kvcache.sizing import PoolPlan
+from aios_model.decoder import DecoderLayer, DecoderModel
+from aios_model.host_memory import return_freed_memory
+from aios_model.native.cores import resolve_cpu_bind, usable_cores
+from aios_parallel.mesh import Mesh
+from aios_parallel.pipeline import split_stages
+from aios_parallel.rank_groups import GroupStore, RankGroups, Rendezvous, needs_store, open_groups, open_store
+from aios_parallel.stage_plan import plan_stages
+from aios_parallel.stage_runner import StageRunner
+from aios_parallel.tensor_parallel import shard_model
+from aios_quant.native.decoder import NativeDecoder
+from aios_quant.native.reduction import PythonReduction, StepReduction
+from aios_serve.assembly import scheduler_config
+from aios_serve.build import describe
+from aios_serve.config import EngineConfig
+from aios_serve.model_part import ModelPart, Progress, default_threads
+from aios_serve.served_model import find_model
+
+if TYPE_CHECKING:
+    from aios_model.model import ModelTransform
+    from aios_sched.output import SchedulerOutput, StepResult
+
+
+class ServedRank:
+    """See `aios_parallel.control.rank_loop.Rank`.
+
+    Args:
+        import_seconds: Time that importing torch took, for the record.
+    """
+
+    def __init__(self, *, import_seconds: float = 0.0) -> None:
+        self._import_seconds = import_seconds
+        self._started = time.perf_counter()
+        self._store: GroupStore | None = None
+        self._groups: RankGroups | None = None
+        self._part: ModelPart | None = None
+        self._runner: StageRunner | None = None
+        self._native: NativeDecoder | None = None
+        self._num_layers_done = 0  # by modules
+
+    def call(self, name: str, arguments: dict[str, Any], report: Progress) -> Any:
+        """See Rank: `meet`, `load` and `allocate`, in this order."""
+        match name:
+            case "meet":
+                return self._meet(**arguments)
+            case "load":
+                return self._load(report, **arguments)
+            case "allocate":
+                return self._allocate(**arguments)
+            case _:
+                raise ValueError(f"a rank has no function {name!r}")
+
+    def execute(self, output: SchedulerOutput) -> StepResult | None:
+        """See Rank."""
+        assert self._runner is not None, "steps come after `allocate`"
+        return self._runner.execute(output)
+
+    @property
+    def progress(self) -> int:
+        """See Rank: layers, and exchanges with others."""
+        layers = self._num_layers_done if self._native is None else self._native.num_layers_done
+        return layers + self.num_exchanges
+
+    @property
+    def num_exchanges(self) -> int:
+        """See Rank."""
+        return 0 if self._groups is None else self._groups.num_exchanges
+
+    def _meet(
+        self,
+        *,
+        config: dict[str, Any],
+        rank: int,
+        run_id: str,
+        hosts: list[str],
+        addresses: list[str],
+    ) -> int | None:
+        """Learns who the others are; the first rank opens a store if they need one, and tells its port."""
+        self._config = _own_config(msgspec.convert(config, EngineConfig), rank=rank, hosts=hosts)
+        mesh = Mesh(tensor=self._config.tensor_parallel, pipeline=self._config.pipeline_parallel)
+        self._place = mesh.place(rank)
+        self._num_neighbours = hosts.count(hosts[rank])
+        self._rendezvous = Rendezvous(run_id=run_id, mesh=mesh, hosts=tuple(hosts), addresses=tuple(addresses))
+        self._device = _own_device(self._config, hosts[:rank].count(hosts[rank]))
+        if rank == 0 and needs_store(mesh, tuple(hosts), on_gpu=self._device.type == "cuda"):
+            self._store = open_store(addresses[0] or "127.0.0.1")
+            return self._store.port
+        return None
+
+    def _load(self, report: Progress, *, store: tuple[str, int] | None) -> dict[str, Any]:
+        """Joins the groups, reads the rank's part of the weights; returns what it looks like."""
+        report("meeting the other ranks", None)
+        self._rendezvous = replace(self._rendezvous, store=store and tuple(store))
+        groups = open_groups(self._place, self._rendezvous, device=self._device, store=self._store)
+        self._groups = groups
+        files = find_model(self._config)
+        self._part = part = ModelPart.load(
+            self._config,
+            files,
+            transforms=self._transforms(groups),
+            num_neighbours=self._num_neighbours,
+            progress=report,
+        )
+        plan = part.plan()
+        limits = scheduler_config(self._config, plan, on_cpu=self._device.type == "cpu")
+        seconds = time.perf_counter() - self._started
+        info = describe(
+            self._config, files, part, plan, limits, import_seconds=self._import_seconds, load_seconds=seconds
+        )
+        return {"info": asdict(info), "plan": asdict(plan)}
+
+    def _transforms(self, groups: RankGroups) -> list[ModelTransform]:
+        def split(decoder: DecoderModel) -> None:
+            split_stages(self._place, plan_stages(decoder.config, self._place.mesh.pipeline))(decoder)
+
+        shard = shard_model(
+            groups.tensor,
+            expert_parallel=self._config.expert_parallel,
+            shard_embedding=self._device.type != "cpu",
+        )
+        return [split, shard]
+
+    def _allocate(self, *, plan: dict[str, Any]) -> None:
+        """Reserves as many pages as every rank has, and builds what runs steps."""
+        assert self._part is not None, "pages come after weights"
+        assert self._groups is not None, "ranks have met by now"
+        tensor, decoder = self._groups.tensor, self._part.decoder
+        reduce: StepReduction | None = None
+        if tensor.size > 1:
+            reduce = tensor.native_reduce or PythonReduction(tensor.all_reduce)
+        model, pages, sampler = self._part.build(PoolPlan(**plan), reduce)
+        if isinstance(model, NativeDecoder):
+            self._native = model
+        for layer in decoder.layers:
+            if isinstance(layer, DecoderLayer):
+                layer.register_forward_hook(self._count_layer)
+        self._runner = StageRunner(
+            model,
+            pages,
+            sampler,
+            place=self._place,
+            tensor_group=tensor,
+            pipeline_group=self._groups.pipeline,
+            hidden_size=decoder.config.hidden_size,
+            dtype=decoder.dtype,
+        )
+        return_freed_memory()
+
+    def _count_layer(self, *_: object) -> None:
+        self._num_layers_done += 1
+
+
+def _own_config(config: EngineConfig, *, rank: int, hosts: list[str]) -> EngineConfig:
+    """The options with the rank's share of its host's cores."""
+    neighbours, index = hosts.count(hosts[rank]), hosts[:rank].count(hosts[rank])
+    threads = config.threads or max(1, min(default_threads(), usable_cores() // neighbours))
+    cores = resolve_cpu_bind(config.cpu_bind, num_threads=threads * neighbours)
+    if cores is None:
+        return replace(config, threads=threads)
+    own = cores[index * threads : (index + 1) * threads]
+    return replace(config, threads=threads, cpu_bind=",".join(map(str, own)))
+
+
+def _own_device(config: EngineConfig, local_rank: int) -> torch.device:
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = local_rank % torch.cuda.device_count()  # Ray shows each rank its own GPU only
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
