@@ -1,4 +1,4 @@
-"""A real `aios-serve` on the bundled model whose engine process is killed, or stopped, in the middle of a stream."""
+"""A real `aios-serve` on the bundled model whose engine, or a rank of it, is killed or stopped within a stream."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ SHORT = {"prompt": "One, two, three,", "temperature": 0, "max_tokens": 8}
 class Server:
     """The process, its URL and what it said."""
 
-    def __init__(self):
+    def __init__(self, *options):
         command = [sys.executable, "-m", "aios_serve.cli", "--port", "0", "--threads", "1", "--max-model-len", "1k"]
-        command += ["--kv-cache-memory-bytes", "128MiB", "--heartbeat-timeout", str(HEARTBEAT)]
+        command += ["--kv-cache-memory-bytes", "128MiB", "--heartbeat-timeout", str(HEARTBEAT), *options]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.lines = []
         self._reader = threading.Thread(target=lambda: self.lines.extend(iter(self.process.stderr.readline, "")))
@@ -51,8 +51,8 @@ class Server:
     @property
     def engine_pid(self):
         """Its only child."""
-        [pid] = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(pid)
+        [pid] = children(self.process.pid)
+        return pid
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)
@@ -63,6 +63,10 @@ class Server:
             self.process.wait()
             self._reader.join(5)
             self.process.stderr.close()
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +103,7 @@ def test_a_stream_ends_with_an_error_and_the_server_comes_back(server, client, s
     wait_until_ready(client)
     before = client.post("/v1/completions", json=SHORT).json()["choices"]
     old = server.engine_pid
-    events = []
-    with client.stream("POST", "/v1/completions", json=LONG) as stream:
-        for line in stream.iter_lines():
-            if line.startswith("data: "):
-                events.append(line.removeprefix("data: "))
-            if len(events) == 5:
-                os.kill(old, signal_number)
-                killed = time.monotonic()
-    assert time.monotonic() - killed < seconds
-    assert events[-1] == "[DONE]"
-    assert json.loads(events[-2])["error"]["code"] == "engine_restarting"
+    assert seconds_to_the_error(client, old, signal_number) < seconds
     assert statuses(client) == {"/ready": 503, "/health": 503, "/live": 200}
     refusal = client.post("/v1/completions", json=SHORT)
     assert refusal.status_code == 503
@@ -121,6 +115,41 @@ def test_a_stream_ends_with_an_error_and_the_server_comes_back(server, client, s
     assert not Path(f"/proc/{old}").exists()
 
 
+def seconds_to_the_error(client, pid, signal_number):
+    """Hurt a process in the middle of a stream, which must end as promised."""
+    events = []
+    with client.stream("POST", "/v1/completions", json=LONG) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data: "):
+                events.append(line.removeprefix("data: "))
+            if len(events) == 5:
+                os.kill(pid, signal_number)
+                hurt = time.monotonic()
+    seconds = time.monotonic() - hurt
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["error"]["code"] == "engine_restarting"
+    return seconds
+
+
 def test_restarts_are_counted(client):
     text = client.get("/metrics").text
     assert re.search(r'^aios:engine_restarts_total\{engine="0",model_name=".*"\} 2\.0$', text, re.MULTILINE), text
+
+
+def test_a_lost_rank_brings_up_a_new_group():
+    server = Server("--tensor-parallel-size", "2")
+    try:
+        server.wait_for(r"(try it)", 240)
+        with httpx.Client(base_url=server.wait_for(r"listening on (http://\S+);", 1), timeout=60) as client:
+            before = client.post("/v1/completions", json=SHORT).json()["choices"]
+            for signal_number in (signal.SIGKILL, signal.SIGSTOP):
+                old = [server.engine_pid, *children(server.engine_pid)]
+                assert len(old) == 3
+                assert seconds_to_the_error(client, old[-1], signal_number) < 5.0
+                assert statuses(client) == {"/ready": 503, "/health": 503, "/live": 200}
+                wait_until_ready(client)
+                assert client.post("/v1/completions", json=SHORT).json()["choices"] == before
+                assert not any(Path(f"/proc/{pid}/fd/0").exists() for pid in old)  # gone, or buried soon
+    finally:
+        status = server.stop()
+    assert status == 0, server.said

@@ -26,6 +26,11 @@ def test_cores_are_divided(count, threads):
     assert {each.threads for each in shares(count)} == {threads}
 
 
+@pytest.mark.parametrize(("ranks", "threads"), [({"tensor_parallel": 2}, 2), ({"pipeline_parallel": 4}, 1)])
+def test_cores_are_divided_among_the_ranks_of_all_replicas(ranks, threads):
+    assert {each.threads for each in shares(2, **ranks)} == {threads}
+
+
 def test_threads_that_are_given_are_those_of_each():
     assert {each.threads for each in shares(2, threads=3)} == {3}
 
@@ -50,6 +55,25 @@ def test_each_replica_sees_gpus_of_its_own():
     assert replica_environment(EngineConfig(data_parallel=2, device="cpu"), 0, gpus=["4"]) == {}
     with pytest.raises(ConfigError, match=r"data_parallel=2.*need 2 GPUs and 1 can be seen"):
         replica_environment(config, 0, gpus=["4"])
+
+
+def test_ranks_of_a_replica_see_a_gpu_each_unless_ray_deals_them_out():
+    config = EngineConfig(data_parallel=2, tensor_parallel=2)
+    assert replica_environment(config, 1, gpus="abcd") == {"CUDA_VISIBLE_DEVICES": "c,d"}
+    with pytest.raises(ConfigError, match="need 4 GPUs and 3 can be seen"):
+        replica_environment(config, 0, gpus="abc")
+    config = EngineConfig(data_parallel=2, tensor_parallel=2, distributed_executor="ray")
+    assert replica_environment(config, 0, gpus="a") == {}
+
+
+def test_replicas_of_groups_that_torchrun_starts_are_refused(monkeypatch):
+    place = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"data_parallel=2.*torchrun.*server per replica"):
+        replica_environment(EngineConfig(data_parallel=2, tensor_parallel=2), 0, gpus=[])
+    config = EngineConfig(data_parallel=2, tensor_parallel=2, distributed_executor="mp")
+    assert replica_environment(config, 0, gpus=[]) == {}
 
 
 def test_gpus_are_counted_without_a_driver(tmp_path):

@@ -245,7 +245,7 @@ async def test_one_of_two_choices_with_a_token_is_a_beginning(make_cluster):
     )
     cluster[0].lose("killed")
     with pytest.raises(EngineRestartingError):
-        await task
+        await asyncio.wait_for(task, 1)
 
 
 async def test_a_request_is_moved_once_for_it_may_be_to_blame(make_cluster):
@@ -256,7 +256,7 @@ async def test_a_request_is_moved_once_for_it_may_be_to_blame(make_cluster):
     assert len(cluster[1].requests) == 1
     cluster[1].lose("killed too")
     with pytest.raises(EngineRestartingError, match="killed too"):
-        await task
+        await asyncio.wait_for(task, 1)
 
 
 async def test_with_no_engine_left_a_request_waits_for_the_first_to_come_back(make_cluster):
@@ -301,7 +301,7 @@ async def test_nobody_waits_for_engines_that_will_not_come(make_cluster):
     again.lose("third")
     last.lose("fourth")
     with pytest.raises(EngineRestartingError, match="second"):
-        await task
+        await asyncio.wait_for(task, 1)
     assert cluster.engine.state is EngineState.DEAD
     with pytest.raises(EngineDeadError, match="restarted once"):
         await cluster.open()

@@ -74,9 +74,9 @@ class AsyncEngine:
             listener=self,
             new_budget=new_budget,
         )
-        self._dispatcher = Dispatcher(
-            Router(ROUTING_POLICIES[config.data_parallel_routing]), self.replicas, wait_seconds=wait_seconds
-        )
+        policy = "round-robin" if config.data_parallel == 1 else config.data_parallel_routing  # the cheapest will do
+        router = Router(ROUTING_POLICIES[policy])
+        self._dispatcher = Dispatcher(router, self.replicas, wait_seconds=wait_seconds)
         self._desk: RequestDesk | None = None
         self._listeners: list[EngineListener] = []
 

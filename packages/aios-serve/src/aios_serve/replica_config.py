@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from aios_model.errors import ConfigError
 from aios_model.native.cores import parse_cpu_list, resolve_cpu_bind, usable_cores
+from aios_serve.launching import resolve_executor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ _GPU_VARIABLE = "CUDA_VISIBLE_DEVICES"
 
 def replica_config(config: EngineConfig, replica: int, *, num_cores: int | None = None) -> EngineConfig:
     """The options of one of `config.data_parallel` engines: its share of the cores. One alone keeps what it has.
+
+    `threads` are those of a rank, `cpu_bind` is that of all ranks of the engine, as everywhere.
 
     Args:
         config: The options of all.
@@ -51,10 +54,17 @@ def replica_environment(config: EngineConfig, replica: int, *, gpus: Sequence[st
         gpus: Names of the GPUs that may be used; None asks the system.
 
     Raises:
-        ConfigError: there are GPUs, but not enough of them.
+        ConfigError: there are GPUs, but not enough of them; or ranks come from torchrun, which starts them for one.
     """
-    if config.data_parallel == 1 or config.device == "cpu":
+    if config.data_parallel == 1:
         return {}
+    if config.num_ranks > 1 and resolve_executor(config) == "torchrun":
+        raise ConfigError(
+            f"data_parallel={config.data_parallel} cannot be used under torchrun, which starts the ranks of one "
+            "engine; run a server per replica, or use distributed_executor='ray'"
+        )
+    if config.device == "cpu" or config.distributed_executor == "ray":
+        return {}  # Ray gives GPUs to ranks by itself
     gpus = visible_gpus() if gpus is None else gpus
     if not gpus:
         return {}
