@@ -20,7 +20,7 @@ MANIFESTS = sorted((DEPLOY / "kubernetes").glob("*.yaml"))
 
 # What the LeaderWorkerSet controller sets in every pod of a group.
 LWS = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "aios-0.aios", "LWS_WORKER_INDEX": "1"}
-PROBES = {"startupProbe": "/health", "livenessProbe": "/health", "readinessProbe": "/ready"}
+PROBES = {"startupProbe": "/health", "livenessProbe": "/live", "readinessProbe": "/ready"}
 
 
 def documents(path):
