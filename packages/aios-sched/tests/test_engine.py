@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from types import SimpleNamespace
 
 import pytest
 
 from aios_model.errors import InvalidRequestError
 from aios_sched.engine import Engine
-from aios_sched.errors import QueueFullError
+from aios_sched.errors import ExecutorLostError, QueueFullError
 from aios_sched.executor import LocalExecutor
 
 
@@ -206,6 +207,26 @@ def test_submission_that_fails_counts_as_a_failed_step(build, lab, monkeypatch):
     # The step failed, a and b ran alone; the next one failed, and so did a alone.
     assert (reasons["a"], errors["a"]) == ("error", "OSError: the pipe is closed")
     assert tokens["b"] == alone(lab, requests)["b"]
+
+
+@pytest.mark.parametrize("where", ["submit", "result"])
+def test_engine_whose_executor_is_lost_says_so_and_blames_nobody(build, lab, monkeypatch, where):
+    engine, executor = build()
+    add_some(engine, lab, names="ab")
+    engine.check()
+
+    def lost(*_):
+        raise ExecutorLostError("rank 1 is gone")
+
+    if where == "submit":
+        monkeypatch.setattr(executor, "submit", lost)
+    else:
+        monkeypatch.setattr(executor, "submit", lambda output: SimpleNamespace(result=lost))
+    with pytest.raises(ExecutorLostError, match="rank 1 is gone"):
+        engine.step()
+    monkeypatch.setattr(executor, "check", lost)
+    with pytest.raises(ExecutorLostError):
+        engine.check()
 
 
 def test_request_that_cannot_be_planned_fails_alone(build, lab, monkeypatch):

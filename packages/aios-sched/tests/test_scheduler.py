@@ -426,3 +426,32 @@ def test_queue_is_bounded_beyond_the_free_seats(lab):
 def test_limits_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         SchedulerConfig(**{"max_num_seqs": 4, "max_num_batched_tokens": 8, "max_model_len": 16, **options})
+
+
+# -- several steps side by side ----------------------------------------------------------------------------------------
+
+
+def test_steps_that_run_side_by_side_share_the_requests(lab):
+    scheduler, runner = lab.make_scheduler(max_steps_in_flight=2), lab.PageStoreRunner(4)
+    requests = {name: lab.make_request(name, [ord(name)] * 3, max_tokens=6) for name in "abcde"}
+    for request in requests.values():
+        scheduler.add(request)
+    tokens = {name: [] for name in requests}
+
+    def apply(step):
+        for output in scheduler.update(step, runner.execute(step)):
+            tokens[output.request_id] += output.token_ids
+
+    apply(scheduler.schedule())  # the prompts
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert [sorted(rows(step)) for step in (first, second)] == [["a", "b", "c"], ["d", "e"]]
+    assert scheduler.schedule() is None
+    apply(first)
+    third = scheduler.schedule()
+    assert sorted(rows(third)) == ["a", "b", "c"]
+    apply(second)
+    apply(third)
+    while (step := scheduler.schedule()) is not None:
+        assert len(step.requests) <= 3
+        apply(step)
+    assert tokens == {name: alone(lab, request) for name, request in requests.items()}

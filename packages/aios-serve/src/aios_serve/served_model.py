@@ -11,6 +11,7 @@ from aios_model.errors import ConfigError
 from aios_model.generation_config import GenerationDefaults
 from aios_model.tokenizer.tokenizer import Tokenizer
 from aios_model.weights.hub import resolve_model
+from aios_serve.launching import resolve_executor
 
 if TYPE_CHECKING:
     from aios_model.config import ModelConfig
@@ -65,9 +66,14 @@ def find_model(config: EngineConfig) -> ModelFiles:
 
 
 def local_config(config: EngineConfig, files: ModelFiles) -> EngineConfig:
-    """`config` with the model as a path on this machine, so that another process finds the very same files."""
+    """`config` with the model as a path on this machine, so that another process finds the very same files.
+
+    Ranks on other machines have to find the model by themselves: then its name stays what it was.
+    """
     path = files.weight_paths[0] if files.format == "gguf" else files.root
     names = config.served_model_name or (files.name,)
+    if config.num_ranks > 1 and resolve_executor(config) != "mp":
+        return replace(config, served_model_name=names)
     return replace(config, model=str(path), revision=None, download_dir=None, served_model_name=names)
 
 

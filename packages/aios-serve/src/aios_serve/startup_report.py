@@ -64,6 +64,8 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
         f"  weights   {_megabytes(info.num_weight_bytes)} {_weights(info, config)}"
         f" on {info.device}{auto if config.device == 'auto' else ''}{_threads(info, config)}"
     )
+    if config.num_ranks > 1:
+        yield f"  ranks     {_ranks(info)}; weights, threads and KV cache are those of all"
     if config.data_parallel > 1:
         yield (
             f"  replicas  {config.data_parallel} engines, requests routed by {config.data_parallel_routing}; "
@@ -79,6 +81,12 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
     yield f"  endpoint  {address.url}/v1" + (" (needs an API key)" if needs_key else "")
     yield "try it:"
     yield f"  {curl_example(engine, address, needs_key=needs_key)}"
+
+
+def _ranks(info: EngineInfo) -> str:
+    parts = [f"{info.tensor_parallel} share each layer"] if info.tensor_parallel > 1 else []
+    parts += [f"{info.pipeline_parallel} stages of layers"] if info.pipeline_parallel > 1 else []
+    return f"{info.tensor_parallel * info.pipeline_parallel} processes: {' in each of '.join(parts)}"
 
 
 def curl_example(engine: AsyncEngine, address: Address, *, needs_key: bool) -> str:
