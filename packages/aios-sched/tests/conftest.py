@@ -155,6 +155,7 @@ class Workload:
             max_model_len=self.max_model_len,
             enable_chunked_prefill=self.chunked,
             watermark=rng.choice([0, 0, 0.01, 0.2]),
+            max_steps_in_flight=rng.choice([1, 1, 2, 3]),
         )
         self.priorities = rng.choice([[0], [0], [-1, 0, 5]])
         self.prefixes = [self._tokens(rng.randint(1, self.max_model_len)) for _ in range(3)]
