@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from aios_model.generation_config import GenerationDefaults
     from aios_model.tokenizer.tokenizer import Tokenizer
+    from aios_parallel.expert_load import ExpertLoad
     from aios_sched.stats import EngineStats
     from aios_serve.assembly import BuiltEngine
     from aios_serve.model_info import EngineInfo
@@ -100,6 +101,10 @@ class InferenceEngine:
     def stats(self) -> EngineStats:
         """The engine's counters."""
         return self._port.stats()
+
+    def expert_load(self) -> ExpertLoad:
+        """How many tokens each expert of a mixture was sent so far; empty for models without experts."""
+        return self._built.expert_load()
 
     def generate(
         self,

@@ -13,6 +13,7 @@ from aios_kvcache.sizing import PoolPlan
 from aios_model.decoder import DecoderLayer, DecoderModel
 from aios_model.host_memory import return_freed_memory
 from aios_model.native.cores import resolve_cpu_bind, usable_cores
+from aios_parallel.expert_load import ExpertCounter
 from aios_parallel.mesh import Mesh
 from aios_parallel.pipeline import split_stages
 from aios_parallel.rank_groups import GroupStore, RankGroups, Rendezvous, needs_store, open_groups, open_store
@@ -46,11 +47,12 @@ class ServedRank:
         self._groups: RankGroups | None = None
         self._part: ModelPart | None = None
         self._runner: StageRunner | None = None
+        self._expert_counter: ExpertCounter | None = None
         self._native: NativeDecoder | None = None
         self._num_layers_done = 0  # by modules
 
     def call(self, name: str, arguments: dict[str, Any], report: Progress) -> Any:
-        """See Rank: `meet`, `load` and `allocate`, in this order."""
+        """See Rank: `meet`, `load` and `allocate`, in this order, then `expert_load` between steps."""
         match name:
             case "meet":
                 return self._meet(**arguments)
@@ -58,6 +60,9 @@ class ServedRank:
                 return self._load(report, **arguments)
             case "allocate":
                 return self._allocate(**arguments)
+            case "expert_load":
+                assert self._expert_counter is not None, "experts come with the weights"
+                return list(self._expert_counter.load().tokens.items())
             case _:
                 raise ValueError(f"a rank has no function {name!r}")
 
@@ -112,6 +117,7 @@ class ServedRank:
             num_neighbours=self._num_neighbours,
             progress=report,
         )
+        self._expert_counter = ExpertCounter(part.decoder)
         plan = part.plan()
         limits = scheduler_config(self._config, plan, on_cpu=self._device.type == "cpu")
         seconds = time.perf_counter() - self._started
