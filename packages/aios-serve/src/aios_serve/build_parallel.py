@@ -14,6 +14,7 @@ from aios_kvcache.sizing import PoolPlan
 from aios_model.config_file import read_model_config
 from aios_parallel.executor import GroupExecutor
 from aios_parallel.mesh import Mesh
+from aios_parallel.tracing.group_tracer import GroupTracer
 from aios_serve.assembly import BuiltEngine, assemble, scheduler_config
 from aios_serve.launching import start_ranks
 from aios_serve.model_info import EngineInfo
@@ -52,7 +53,8 @@ def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float |
     executor = GroupExecutor(ranks.group, mesh=mesh, vocab_size=reports[0].vocab_size)
     port = assemble(config, plan, limits, executor)
     info = _describe(reports, plan, limits.max_num_batched_tokens, mesh, seconds=time.perf_counter() - started)
-    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown)
+    tracer = GroupTracer(ranks.group, executor, mesh=mesh)
+    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown, tracer=tracer)
 
 
 def _set_up(

@@ -19,6 +19,7 @@ from aios_parallel.rank_groups import GroupStore, RankGroups, Rendezvous, needs_
 from aios_parallel.stage_plan import plan_stages
 from aios_parallel.stage_runner import StageRunner
 from aios_parallel.tensor_parallel import shard_model
+from aios_parallel.tracing.rank_tracer import TRACE_CALLS, RankTracer
 from aios_quant.native.decoder import NativeDecoder
 from aios_quant.native.reduction import PythonReduction, StepReduction
 from aios_serve.assembly import scheduler_config
@@ -48,9 +49,10 @@ class ServedRank:
         self._runner: StageRunner | None = None
         self._native: NativeDecoder | None = None
         self._num_layers_done = 0  # by modules
+        self.tracer = RankTracer()
 
     def call(self, name: str, arguments: dict[str, Any], report: Progress) -> Any:
-        """See Rank: `meet`, `load` and `allocate`, in this order."""
+        """See Rank: `meet`, `load` and `allocate`, in this order; then those of the tracer."""
         match name:
             case "meet":
                 return self._meet(**arguments)
@@ -58,6 +60,8 @@ class ServedRank:
                 return self._load(report, **arguments)
             case "allocate":
                 return self._allocate(**arguments)
+            case _ if name in TRACE_CALLS:
+                return self.tracer.answer(name, arguments)
             case _:
                 raise ValueError(f"a rank has no function {name!r}")
 
@@ -104,6 +108,7 @@ class ServedRank:
         self._rendezvous = replace(self._rendezvous, store=store and tuple(store))
         groups = open_groups(self._place, self._rendezvous, device=self._device, store=self._store)
         self._groups = groups
+        self.tracer.watch(tensor=groups.tensor, pipeline=groups.pipeline)
         files = find_model(self._config)
         self._part = part = ModelPart.load(
             self._config,
