@@ -109,7 +109,9 @@ class ThreadCommunicator:
 
     def barrier(self) -> None:
         """See Communicator."""
+        started = now()
         self._wait()
+        self._meter.note(ExchangeKind.BARRIER, None, started)
 
     def trace(self, ring: SpanRing | None) -> None:
         """See Communicator."""
