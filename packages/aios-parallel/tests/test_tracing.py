@@ -273,7 +273,7 @@ def test_phases_end_with_the_last_step_that_has_prompt_tokens() -> None:
 def test_overhead_is_what_lies_between_a_result_and_the_next_step() -> None:
     found = overhead(two_ranks(), Window(0, 100))
     assert found is not None
-    assert (found.planning, found.sending, found.total, found.num_steps) == (3, 2, 8, 1)
+    assert (found.planning, found.sending, found.total, found.num_steps) == (3, 5, 8, 1)
     assert overhead(two_ranks(), Window(56, 100)) is None
 
 
@@ -411,6 +411,25 @@ def test_a_trace_that_is_too_small_keeps_the_end_and_says_so(traced) -> None:
     assert trace.num_dropped == 3 + 2 * (3 + 3)
     with pytest.raises(ValueError, match="larger capacity"):
         accounts(trace, Window(trace.complete_since - 1, trace.end))
+
+
+def test_a_rank_of_another_host_is_brought_onto_the_drivers_clock(traced) -> None:
+    executor, tracer, ranks = traced
+    ahead, own = 7_000_000_000, ranks[1].tracer
+
+    def elsewhere(name, arguments):
+        return {"now": now() + ahead, "host": "another"} if name == "clock" else own.answer(name, arguments)
+
+    ranks[1].call = lambda name, arguments, report: elsewhere(name, arguments)
+    tracer.start()
+    executor.submit(step(0, 1)).result()
+    trace = tracer.stop()
+    assert trace.ranks[0].clock == ClockOffset()
+    clock = trace.ranks[1].clock
+    assert 0 < clock.uncertainty < 1e9
+    assert abs(clock.nanoseconds + ahead) <= clock.uncertainty
+    difference = trace.ranks[1].steps[0].begin - trace.ranks[0].steps[0].begin
+    assert abs(difference + ahead) < 1e9  # this rank's spans were made by our own clock: they must have been moved
 
 
 def test_two_traces_do_not_overlap(traced) -> None:

@@ -47,7 +47,7 @@ def test_tables_say_what_was_added_up() -> None:
         num_exchanges=1234,
         num_bytes=5_600_000,
     )
-    found = Overhead(planning=100e3, sending=20e3, total=150e3, num_steps=9)
+    found = Overhead(planning=100e3, sending=50e3, total=150e3, num_steps=9)
     phase = Phase(name="decode", window=Window(0, 200_000_000), num_tokens=40, ranks=[row], overhead=found)
     assert rank_cells(row) == ["1", "150.0  75%", "30.0  15%", "10.0   5%", "20.0  10%", "1,234", "5.6"]
     output = io.StringIO()
@@ -55,7 +55,7 @@ def test_tables_say_what_was_added_up() -> None:
     assert "decode: 200 ms, 40 tokens, 200 tok/s" in output.getvalue()
     assert "…" not in output.getvalue()
     assert overhead_line(phase).startswith("decode: 150 µs from a result")
-    assert "waking the rank 30; medians of 9 steps" in overhead_line(phase)
+    assert "waking the rank 50; medians of 9 steps" in overhead_line(phase)
 
 
 def test_help_names_the_options() -> None:

@@ -67,9 +67,9 @@ class Overhead:
 
     Attributes:
         planning: From the result until the next step was submitted.
-        sending: Encoding its message and handing it to all ranks.
+        sending: From then until the first rank began with it: encoding, sending, waking up.
         total: From the result until the first rank began with the step.
-        num_steps: Steps of which it is the median: those that found the first rank with nothing to do.
+        num_steps: Steps of which it is the median: with a pipeline, those that found the first rank with nothing to do.
     """
 
     planning: float
@@ -186,5 +186,6 @@ def _gaps(trace: GroupTrace, window: Window) -> Iterator[tuple[int, int, int]]:
         began, previous = spans.get(step.step_id), spans.get(before.step_id)
         if result is None or began is None or previous is None or before.submitted > result:
             continue  # not submitted in answer to a result, but to fill the pipeline
-        if previous.end <= step.submitted and window.begin <= result and began.begin <= window.end:
-            yield step.submitted - result, step.sent - step.submitted, began.begin - result
+        is_awaited = trace.mesh.pipeline == 1 or previous.end <= step.submitted
+        if is_awaited and window.begin <= result and began.begin <= window.end:
+            yield step.submitted - result, began.begin - step.submitted, began.begin - result

@@ -42,9 +42,8 @@ def overhead_line(phase: Phase) -> str:
     found = phase.overhead
     if found is None:
         return f"{phase.name}: no step found the first rank waiting for the driver"
-    waking = found.total - found.planning - found.sending
     return (
         f"{phase.name}: {found.total / 1e3:.0f} µs from a result to the next step's arrival on the first rank "
-        f"(planning {found.planning / 1e3:.0f}, encoding and sending {found.sending / 1e3:.0f}, waking the rank "
-        f"{waking / 1e3:.0f}; medians of {found.num_steps} steps)"
+        f"(planning {found.planning / 1e3:.0f}, encoding, sending and waking the rank {found.sending / 1e3:.0f}; "
+        f"medians of {found.num_steps} steps)"
     )
