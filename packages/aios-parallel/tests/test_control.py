@@ -36,6 +36,7 @@ from aios_parallel.control.step_codec import StepDecoder, StepEncoder, decode_re
 from aios_parallel.errors import RankFailedError, WireError
 from aios_parallel.executor import GroupExecutor, StepError
 from aios_parallel.mesh import Mesh
+from aios_parallel.tracing.rank_tracer import RankTracer
 from aios_sched.output import ScheduledRequest, SchedulerOutput, StepResult
 
 OPENED: list[socket.socket] = []
@@ -407,6 +408,9 @@ def test_a_rank_that_fails_alone_ends_the_group(ranks, others) -> None:
 class FakeRank:
     progress = 3
     num_exchanges = 0
+
+    def __init__(self) -> None:
+        self.tracer = RankTracer()
 
     def call(self, name, arguments, report):
         report(name, 0.25)

@@ -13,10 +13,12 @@ from aios_model.sampling.errors import SamplingError
 from aios_parallel.control.messages import StepDone, StepFailed
 from aios_parallel.control.step_codec import StepEncoder, decode_result
 from aios_parallel.errors import RankFailedError
+from aios_parallel.tracing.clock import now
 
 if TYPE_CHECKING:
     from aios_parallel.control.driver import RankGroup
     from aios_parallel.mesh import Mesh
+    from aios_parallel.tracing.step_log import StepLog, StepRecord
     from aios_sched.output import SchedulerOutput, StepResult
 
 _AGREE_SECONDS = 2.0
@@ -40,15 +42,28 @@ class GroupExecutor:
         self._mesh = mesh
         self._encoder = StepEncoder()
         self._pending: deque[_PendingStep] = deque()
+        self._log: StepLog | None = None
         self.max_steps_in_flight = mesh.pipeline
         self.vocab_size = vocab_size
 
     def submit(self, output: SchedulerOutput) -> _PendingStep:
         """See Executor. RankFailedError if the group is lost."""
+        record = None if self._log is None else self._log.open(output)
         self._group.send(self._encoder.encode(output))
-        step = _PendingStep(self, output.step_id)
+        if record is not None:
+            record.sent = now()
+        step = _PendingStep(self, output.step_id, record)
         self._pending.append(step)
         return step
+
+    def trace(self, log: StepLog | None) -> None:
+        """Notes in `log` from now on when steps are submitted and when they return; None for nowhere."""
+        self._log = log
+
+    def drain(self) -> None:
+        """Waits until no step is on its way; their outcomes stay for whoever asks."""
+        if self._pending:
+            self.finish(self._pending[-1])
 
     def check(self) -> None:
         """See Executor."""
@@ -73,6 +88,8 @@ class GroupExecutor:
             self._group.lose(f"the ranks answered step {step_id} before step {step.step_id}")
             self._group.check()
         step.outcome = outcome
+        if step.record is not None:
+            step.record.returned = now()
 
     def _judge(self, rank: int, failed: StepFailed) -> Exception:
         """What a failure on one rank means: the step's error, if the ranks are still in step with each other.
@@ -101,9 +118,10 @@ class GroupExecutor:
 class _PendingStep:
     """A step on its way; see StepHandle."""
 
-    def __init__(self, executor: GroupExecutor, step_id: int) -> None:
+    def __init__(self, executor: GroupExecutor, step_id: int, record: StepRecord | None) -> None:
         self._executor = executor
         self.step_id = step_id
+        self.record = record
         self.outcome: StepResult | Exception | None = None
 
     def result(self) -> StepResult:

@@ -15,6 +15,7 @@ from aios_model.config_file import read_model_config
 from aios_parallel.executor import GroupExecutor
 from aios_parallel.expert_load import ExpertLoad
 from aios_parallel.mesh import Mesh
+from aios_parallel.tracing.group_tracer import GroupTracer
 from aios_serve.assembly import BuiltEngine, assemble, scheduler_config
 from aios_serve.launching import start_ranks
 from aios_serve.model_info import EngineInfo
@@ -53,12 +54,15 @@ def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float |
     executor = GroupExecutor(ranks.group, mesh=mesh, vocab_size=reports[0].vocab_size)
     port = assemble(config, plan, limits, executor)
     info = _describe(reports, plan, limits.max_num_batched_tokens, mesh, seconds=time.perf_counter() - started)
+    tracer = GroupTracer(ranks.group, executor, mesh=mesh)
 
     def expert_load() -> ExpertLoad:
         answers = ranks.group.call("expert_load", [{}] * mesh.size, lambda *_: None)
         return ExpertLoad.merged(ExpertLoad({layer: tuple(tokens) for layer, tokens in answer}) for answer in answers)
 
-    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown, expert_load=expert_load)
+    return BuiltEngine(
+        port=port, info=info, files=files, close=executor.shutdown, expert_load=expert_load, tracer=tracer
+    )
 
 
 def _set_up(

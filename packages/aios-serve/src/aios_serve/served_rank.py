@@ -20,6 +20,7 @@ from aios_parallel.rank_groups import GroupStore, RankGroups, Rendezvous, needs_
 from aios_parallel.stage_plan import plan_stages
 from aios_parallel.stage_runner import StageRunner
 from aios_parallel.tensor_parallel import shard_model
+from aios_parallel.tracing.rank_tracer import TRACE_CALLS, RankTracer
 from aios_quant.native.decoder import NativeDecoder
 from aios_quant.native.reduction import PythonReduction, StepReduction
 from aios_serve.assembly import scheduler_config
@@ -70,9 +71,10 @@ class ServedRank:
         self._expert_counter: ExpertCounter | None = None
         self._native: NativeDecoder | None = None
         self._num_layers_done = 0  # by modules
+        self.tracer = RankTracer()
 
     def call(self, name: str, arguments: dict[str, Any], report: Progress) -> Any:
-        """See Rank: `meet`, `load` and `allocate`, in this order, then `expert_load` between steps."""
+        """See Rank: `meet`, `load` and `allocate`, in this order; then `expert_load` and those of the tracer."""
         match name:
             case "meet":
                 return self._meet(**arguments)
@@ -83,6 +85,8 @@ class ServedRank:
             case "expert_load":
                 assert self._expert_counter is not None, "experts come with the weights"
                 return list(self._expert_counter.load().tokens.items())
+            case _ if name in TRACE_CALLS:
+                return self.tracer.answer(name, arguments)
             case _:
                 raise ValueError(f"a rank has no function {name!r}")
 
@@ -134,6 +138,7 @@ class ServedRank:
         report("meeting the other ranks", None)
         rendezvous = replace(member.rendezvous, store=store and tuple(store))
         self._groups = groups = open_groups(member.place, rendezvous, device=member.device, store=self._store)
+        self.tracer.watch(tensor=groups.tensor, pipeline=groups.pipeline)
         files = find_model(member.config)
         self._part = part = ModelPart.load(
             member.config,
