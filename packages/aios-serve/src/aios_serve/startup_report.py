@@ -64,6 +64,12 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
         f"  weights   {_megabytes(info.num_weight_bytes)} {_weights(info, config)}"
         f" on {info.device}{auto if config.device == 'auto' else ''}{_threads(info, config)}"
     )
+    if info.num_offloaded_bytes:
+        yield (
+            f"  offload   {_megabytes(info.num_offloaded_bytes)} of them in host memory (--cpu-offload-gb "
+            f"{config.cpu_offload_gb:g}), through {_megabytes(info.num_staging_bytes)} of buffers; "
+            "a step takes as long as copying them at least"
+        )
     if config.data_parallel > 1:
         yield (
             f"  replicas  {config.data_parallel} engines, requests routed by {config.data_parallel_routing}; "
