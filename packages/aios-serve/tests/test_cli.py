@@ -185,7 +185,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == "aios-serve 0.1.0\n"
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["--port", "x"], ["-tp", "2"]])
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["--port", "x"], ["-tp", "0"]])
 def test_help_and_mistakes_import_nothing_heavy(args):
     code = (
         "import sys\nfrom aios_serve.cli import main\n"
