@@ -51,6 +51,9 @@ TENSOR_MODULES = {
     ),
     "aios_sched": ("batch", "model_runner"),
     "aios_parallel": (
+        "offload.device",
+        "offload.streaming",
+        "offload.weights",
         "pipeline",
         "rank_groups",
         "shared_memory",

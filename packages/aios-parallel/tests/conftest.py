@@ -100,13 +100,13 @@ def config_of(family: str, **fields) -> ModelConfig:
     return find_hf_family(raw).read_hf(raw)
 
 
-def build_decoder(config: ModelConfig, *transforms, dtype=torch.float64) -> DecoderModel:
+def build_decoder(config: ModelConfig, *transforms, dtype=torch.float64, on_loaded=None) -> DecoderModel:
     decoder = DecoderModel(config).eval()
     source, parameters = RandomSource(parameter_shapes(decoder)), parameter_slots(decoder)
     for transform in transforms:
         transform(decoder)
     options = {"file_format": "safetensors", "dtype": dtype, "device": torch.device("cpu")}
-    load_weights(decoder, source, parameters=parameters, **options)
+    load_weights(decoder, source, parameters=parameters, on_loaded=on_loaded, **options)
     return decoder
 
 

@@ -45,8 +45,9 @@ def test_dealt_out_experts_give_the_tokens_of_one_device(tiny, expected, tensor,
     check(tiny, expected, "qwen3-moe", Mesh(tensor=tensor, pipeline=pipeline), expert_parallel=True)
 
 
-def test_cut_embedding_gives_the_tokens_of_one_device(tiny, expected) -> None:
-    check(tiny, expected, "llama-biases", Mesh(tensor=3), shard_embedding=True)
+@pytest.mark.parametrize(("tensor", "pipeline"), [(3, 1), (1, 2), (2, 3)], ids=str)
+def test_cut_embedding_gives_the_tokens_of_one_device(tiny, expected, tensor, pipeline) -> None:
+    check(tiny, expected, "llama-biases", Mesh(tensor=tensor, pipeline=pipeline), shard_embedding=True)
 
 
 def test_ranks_exchange_what_the_plan_says(tiny) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -280,3 +282,29 @@ def test_planning_never_loads_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["recommended"]["fits"] is True
+
+
+def test_what_the_benchmark_writes_is_what_plans_read(tmp_path):
+    path = Path(__file__).parents[3] / "benchmarks" / "collectives.py"
+    spec = importlib.util.spec_from_file_location("collectives_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = benchmark  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(benchmark)
+    finally:
+        del sys.modules[spec.name]
+    names = [f"{kind} {by}" for kind in ("all-reduce", "gather", "one way") for by in ("shared", "gloo")]
+    figures = [
+        benchmark.Figure(operation=name, numel=numel, median=1e3 * numel * (1 + place), tenth=0, ninety_ninth=0)
+        for place, name in enumerate([*names, "all-reduce native", "all-reduce gloo's own"])
+        for numel in (512, 2048)
+    ]
+    (tmp_path / "times.json").write_text(json.dumps(benchmark.planning_times(figures, 3)))
+    read = read_collectives(tmp_path / "times.json", {"host": LINK, "network": LINK})
+    assert read.seconds("all_reduce", ranks=3, num_bytes=2048, where="host") == pytest.approx(512e-3)
+    assert read.seconds("all_reduce", ranks=3, num_bytes=2048, where="network") == pytest.approx(2 * 512e-3)
+    assert read.seconds("gather", ranks=3, num_bytes=3 * 8192, where="host") == pytest.approx(3 * 2048e-3)
+    assert read.seconds("send", ranks=2, num_bytes=8192, where="network") == pytest.approx(6 * 2048e-3)
+    assert "3 ranks" in read.name

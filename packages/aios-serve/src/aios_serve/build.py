@@ -85,4 +85,6 @@ def describe(
         threads=part.num_threads,
         import_seconds=import_seconds,
         load_seconds=load_seconds,
+        num_offloaded_bytes=0 if part.offloaded is None else part.offloaded.num_host_bytes,
+        num_staging_bytes=0 if part.offloaded is None else part.offloaded.num_staging_bytes,
     )

@@ -109,6 +109,8 @@ def _describe(
     import_seconds = max(report.import_seconds for report in reports)
     fields |= {
         "num_weight_bytes": sum(report.num_weight_bytes for report in reports),
+        "num_offloaded_bytes": sum(report.num_offloaded_bytes for report in reports),
+        "num_staging_bytes": sum(report.num_staging_bytes for report in reports),
         "num_blocks": plan.num_blocks,
         "num_kv_bytes": plan.num_bytes,
         "max_model_len": plan.max_model_len,

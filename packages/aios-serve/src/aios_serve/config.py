@@ -50,6 +50,8 @@ class EngineConfig:
         num_gpu_blocks_override: Number of pages, whatever the memory; vLLM's name, on the CPU too.
         device_memory_utilization: Share of the memory that is free once the weights are loaded, for the pool. None is
             0.9 on a GPU; on the CPU it is 0.25, and no more than max_num_seqs requests of full length need.
+        cpu_offload_gb: GiB of weights, per rank, that stay in host memory: whole layers, streamed to the GPU ahead of
+            use; vLLM's name. Steps then take no less than the time to copy them. Not for the CPU.
         kv_cache_policy: "paged", or "contiguous": one reservation of max_model_len per slot, for comparison.
         max_num_queued_reqs: Requests that may wait before more are refused; None means any number.
         max_logprobs: Most alternatives per token a request may ask for.
@@ -101,6 +103,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     device_memory_utilization: float | None = None
+    cpu_offload_gb: float = 0.0
     kv_cache_policy: KVCachePolicy = "paged"
     max_num_queued_reqs: int | None = 1024
     max_logprobs: int = 20
@@ -214,6 +217,8 @@ class EngineConfig:
         share = self.device_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise _bad("device_memory_utilization", share, "it is a share above 0 and up to 1, such as 0.9")
+        if not 0 <= self.cpu_offload_gb < float("inf"):
+            raise _bad("cpu_offload_gb", self.cpu_offload_gb, "it is a number of GiB from 0, such as 4")
         for name in ("heartbeat_timeout", "rank_timeout"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise _bad(name, getattr(self, name), "it must be a positive number of seconds")
@@ -229,6 +234,10 @@ class EngineConfig:
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError(
                 "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
+            )
+        if self.cpu_offload_gb and self.device == "cpu":
+            raise _bad(
+                "cpu_offload_gb", self.cpu_offload_gb, "on the CPU weights are in host memory already; leave it out"
             )
         if self.data_parallel > 1 and not self.engine_process:
             raise _bad("data_parallel", self.data_parallel, "each replica is a process; leave engine_process on")

@@ -30,6 +30,8 @@ class EngineInfo:
         threads: Threads that compute on the CPU.
         import_seconds: Time taken by `import torch`, 0 if it was imported already.
         load_seconds: Time from then until ready.
+        num_offloaded_bytes: Of the weights, those in host memory that stream to the device ahead of use.
+        num_staging_bytes: Device memory of the buffers through which they come.
         tensor_parallel: Ranks that share each layer; bytes and threads above are those of all ranks.
         pipeline_parallel: Stages of the pipeline.
     """
@@ -54,5 +56,7 @@ class EngineInfo:
     threads: int
     import_seconds: float
     load_seconds: float
+    num_offloaded_bytes: int = 0
+    num_staging_bytes: int = 0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1

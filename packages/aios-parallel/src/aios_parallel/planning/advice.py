@@ -112,7 +112,7 @@ def _about_groups(best: Plan, same: Sequence[Plan]) -> Iterator[str]:
     if layout.tensor > 1:
         yield (
             f"TP={layout.tensor}: every device reads 1/{layout.tensor} of each layer; "
-            f"{2 * best.costs.config.num_hidden_layers} all-reduces over {_link(best, best.costs.tensor_place())} take "
+            f"{best.costs.sums_per_pass()} all-reduces over {_link(best, best.costs.tensor_place())} take "
             f"{step.communicating / step.seconds:.0%} of a decode step."
         )
     if layout.pipeline > 1:
@@ -154,7 +154,7 @@ def _about_heads(best: Plan) -> Iterator[str]:
             f"TP={ranks} over {config.num_key_value_heads} kv heads: ranks hold {held} together, so the KV cache takes "
             f"{held / config.num_key_value_heads:.2g} times the memory."
         )
-    padded = sum(shard.heads.num_padded for shard in shards)
+    padded = sum(shard.heads.queries.size for shard in shards)
     if padded > config.num_attention_heads:
         yield (
             f"{config.num_attention_heads} query heads do not divide by {ranks}: padding makes them {padded}, "

@@ -29,7 +29,7 @@ class WeightScheme:
     Attributes:
         name: As `--quantization` of `aios-serve` calls it.
         bits: Per weight, without scales.
-        group_size: Columns that share a scale, and that no rank can divide; 0 for one scale per row; None without any.
+        group_size: Columns that share a scale; 0 for one scale per row; None without any.
         group_bytes: Bytes of a group's scale.
         float_bytes: Bytes of a number that is not quantised.
         table_bytes: Bytes that a number of the embedding table takes in memory; 0 on a processor, where the table stays
@@ -45,19 +45,14 @@ class WeightScheme:
     table_bytes: int
     operands: RateName = "float"
 
-    def matrix_bytes(self, rows: int, columns: int) -> float:
-        """Bytes of a matrix [rows, columns] with its scales."""
+    def matrix_bytes(self, rows: int, columns: int, *, group_size: int | None = None) -> float:
+        """Bytes of a matrix [rows, columns] with its scales; `group_size` where it is another than the scheme's."""
         num_bytes = rows * columns * self.bits / 8
         if self.group_size == 0:
             return num_bytes + rows * _SCALE_BYTES_PER_ROW
         if self.group_size:
-            return num_bytes + rows * math.ceil(columns / self.group_size) * self.group_bytes
+            return num_bytes + rows * math.ceil(columns / (group_size or self.group_size)) * self.group_bytes
         return num_bytes
-
-    @property
-    def column_unit(self) -> int:
-        """Where ranks may cut the columns of a matrix: at multiples of this."""
-        return self.group_size or 1
 
     @property
     def is_packed(self) -> bool:
