@@ -43,9 +43,11 @@ TENSOR_MODULES = {
     "aios_kvcache": (
         "attention",
         "attention_plan",
+        "host_tier",
         "native.batch_buffer",
         "native.native_cache",
         "native.reference",
+        "page_mover",
         "paged_cache",
         "pool_memory",
     ),

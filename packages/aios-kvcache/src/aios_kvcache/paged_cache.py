@@ -78,6 +78,11 @@ class PagedKVCache:
         """Bytes reserved for keys and values, null page included."""
         return sum(pool.nbytes for pool in self.pools)
 
+    @property
+    def page_tensors(self) -> list[Tensor]:
+        """Keys and values of every layer, [X, C, K, H] each: what a page consists of, for whoever moves pages."""
+        return [pool[which] for pool in self.pools for which in (KEY, VALUE)]
+
     def bind(self, batch: Sequence[SequenceSlice]) -> None:
         """Prepares `attend` for a step whose T tokens are those of `batch`, packed in its order.
 

@@ -94,6 +94,11 @@ class NativePagedKVCache:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
 
     @property
+    def page_tensors(self) -> list[Tensor]:
+        """Keys, values and scales of every layer, pages first: what a page consists of, for whoever moves pages."""
+        return [tensor for layer in self.layers for tensor in layer.tensors]
+
+    @property
     def batch(self) -> AttentionBatch:
         """The bound batch as kernels take it; its pointers are valid until the next `bind`."""
         return self._buffer.batch
