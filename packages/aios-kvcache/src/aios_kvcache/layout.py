@@ -25,6 +25,8 @@ Two layouts, of the same pages.
       keys    [X, K, C/16, H/2, 16, 2]    numbers 2i and 2i + 1 of a token's key are a pair
       values  numbers i and i + 16 of each whole 32 are a pair: 0 16 1 17 2 18 … 15 31, 32 48 …
 
+- fp8 (E4M3, no scale; larger numbers become ±448) lies as float32 does, a byte each. torch moves hardly anything of
+  type float8_e4m3fn, so the tensors are uint8: `tensor.view(torch.float8_e4m3fn)` reads them.
 - int8: `number = code * scale`, with one scale per token and head, amax / 127, and
   `code = round_half_even(x * (127 / amax))`. Codes are kept in fours, which one instruction multiplies and adds:
 
@@ -62,7 +64,7 @@ FOUR = 4
 
 MAX_NATIVE_HEAD_DIM = 1024
 
-NativeKvDtype = Literal["float32", "bfloat16", "int8"]
+NativeKvDtype = Literal["float32", "bfloat16", "int8", "fp8"]
 
 
 def pool_shape(spec: LayerSpec, *, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:

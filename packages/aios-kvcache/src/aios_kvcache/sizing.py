@@ -115,7 +115,7 @@ def plan_pool(
 
 def native_kv_bytes_per_token(config: ModelConfig, dtype: NativeKvDtype) -> int:
     """Bytes that one token takes in all layers of the native layout: padding and the scales of int8 included."""
-    number = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
+    number = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}[dtype]
     scales = 2 * 4 if dtype == "int8" else 0
     return sum(
         spec.num_key_value_heads * (number * (key_width(spec.head_dim, dtype) + value_width(spec.head_dim)) + scales)

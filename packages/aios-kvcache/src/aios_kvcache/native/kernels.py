@@ -15,7 +15,7 @@ from aios_model.native.isa import Isa
 from aios_model.native.library import LayerKernels, NativeLibrary, load_library
 
 KVCACHE_KERNELS = LayerKernels("aios_kvcache", below=("aios_model",))
-KV_TYPES: dict[NativeKvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+KV_TYPES: dict[NativeKvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "fp8": 3}
 
 
 class KvPool(ctypes.Structure):

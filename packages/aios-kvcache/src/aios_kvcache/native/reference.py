@@ -31,6 +31,9 @@ SEGMENT = 256
 
 LARGEST_WEIGHT = 65535.0
 
+LARGEST_FP8 = 448.0
+"""Of E4M3, which has no infinity."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizedHeads:
@@ -62,7 +65,14 @@ def round_as_stored(x: Tensor, dtype: NativeKvDtype) -> Tensor:
     """What float32 [..., H] reads as once it has been in a page: float32."""
     if dtype == "int8":
         return quantize_heads(x).dequantize()
+    if dtype == "fp8":
+        return round_to_fp8(x).float()
     return x.to(torch.bfloat16).float() if dtype == "bfloat16" else x
+
+
+def round_to_fp8(x: Tensor) -> Tensor:
+    """float8_e4m3fn of any floating shape: rounded half to even, at most ±448; NaN stays NaN."""
+    return x.clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)  # older torch makes NaN of what is larger
 
 
 def attend_codes(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, scale: float, window: int | None) -> Tensor:
@@ -101,8 +111,8 @@ def attend_codes(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, scale: float, w
 
 def read_keys(layer: NativeLayer, block_table: Sequence[int], num_tokens: int) -> Tensor:
     """A sequence's keys out of their pages: float32 [S, K, H]."""
-    pages = layer.keys[list(block_table)].float()
-    if layer.keys.dtype == torch.uint8:
+    pages = _as_numbers(layer, layer.keys[list(block_table)]).float()
+    if layer.dtype == "int8":
         pages = pages - CODE_OFFSET
     if pages.dim() == 6:  # pairs [W, K, C/16, H/2, 16, 2], or fours -> [W, K, C/16, H, 16]
         pages = pages.movedim(-1, -2).flatten(3, 4)[..., : layer.kv_pool.head_dim, :]
@@ -114,7 +124,7 @@ def read_keys(layer: NativeLayer, block_table: Sequence[int], num_tokens: int) -
 
 def read_values(layer: NativeLayer, block_table: Sequence[int], num_tokens: int) -> Tensor:
     """A sequence's values out of their pages: float32 [S, K, W]; W >= H, zeros behind H."""
-    pages = layer.values[list(block_table)]
+    pages = _as_numbers(layer, layer.values[list(block_table)])
     if pages.dtype == torch.bfloat16:
         pages = unpair_values(pages)
     elif pages.dtype == torch.int8:  # fours [X, K, C/4, W, 4] -> [X, K, C, W]
@@ -130,6 +140,10 @@ def unpair_values(values: Tensor) -> Tensor:
     paired = values.shape[-1] // (2 * LANES) * 2 * LANES
     whole = values[..., :paired].unflatten(-1, (-1, LANES, 2)).transpose(-1, -2).flatten(-3)
     return torch.cat([whole, values[..., paired:]], dim=-1)
+
+
+def _as_numbers(layer: NativeLayer, pages: Tensor) -> Tensor:
+    return pages.view(torch.float8_e4m3fn) if layer.dtype == "fp8" else pages
 
 
 def _read_scales(scales_XKC: Tensor, block_table: Sequence[int]) -> Tensor:

@@ -116,6 +116,7 @@ inline void decode_segment(const AttentionCall& call, const Segment& segment, co
   };
   switch (static_cast<KvType>(call.pool.type)) {
     case KvType::kBFloat16: return decode.template operator()<KvType::kBFloat16>();
+    case KvType::kFp8: return decode.template operator()<KvType::kFp8>();
     case KvType::kInt8: return decode.template operator()<KvType::kInt8>();
     default: return decode.template operator()<KvType::kFloat32>();
   }

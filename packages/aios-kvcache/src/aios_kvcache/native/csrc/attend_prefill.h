@@ -241,6 +241,7 @@ inline void tile_segment(const AttentionCall& call, const Tile& tile, int segmen
                          float* partials) {
   switch (static_cast<KvType>(call.pool.type)) {
     case KvType::kBFloat16: return tile_segment<KvType::kBFloat16>(call, tile, segment, scratch, partials);
+    case KvType::kFp8: return tile_segment<KvType::kFp8>(call, tile, segment, scratch, partials);
     case KvType::kInt8: return tile_segment<KvType::kInt8>(call, tile, segment, scratch, partials);
     default: return tile_segment<KvType::kFloat32>(call, tile, segment, scratch, partials);
   }
