@@ -48,6 +48,7 @@ TENSOR_MODULES = {
         "native.reference",
         "paged_cache",
         "pool_memory",
+        "stored_heads",
     ),
     "aios_sched": ("batch", "model_runner"),
     "aios_parallel": (

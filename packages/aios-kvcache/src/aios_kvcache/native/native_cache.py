@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aios_kvcache.block import BlockCopy, independent_waves
-from aios_kvcache.layout import NativeKvDtype, native_shapes, why_not_native
+from aios_kvcache.layout import KvDtype, native_shapes, why_not_native
 from aios_kvcache.native.batch_buffer import BatchBuffer
 from aios_kvcache.native.kernels import KV_TYPES, AttentionBatch, KvPool, attention_kernels, kvcache_library
 from aios_kvcache.pool_memory import allocate_pool
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from aios_model.native.library import NativeLibrary
     from aios_model.native.threads import ThreadPool
 
-KV_DTYPES: dict[torch.dtype, NativeKvDtype] = {
+KV_DTYPES: dict[torch.dtype, KvDtype] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
@@ -189,7 +189,7 @@ class NativeLayer:
         kv_pool: The same for C.
     """
 
-    def __init__(self, spec: LayerSpec, *, dtype: NativeKvDtype, num_blocks: int, block_size: int) -> None:
+    def __init__(self, spec: LayerSpec, *, dtype: KvDtype, num_blocks: int, block_size: int) -> None:
         shapes = native_shapes(spec, dtype=dtype, num_blocks=num_blocks, block_size=block_size)
         kept = next(kept for kept, name in KV_DTYPES.items() if name == dtype)
         self.dtype = dtype

@@ -6,22 +6,19 @@ T newest of S tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from aios_kvcache.layout import LANES, NativeKvDtype
+from aios_kvcache.layout import LANES, KvDtype
+from aios_kvcache.stored_heads import quantize_heads, round_to_fp8
 from aios_model.cache import causal_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aios_kvcache.native.native_cache import NativeLayer
-
-SMALLEST_AMAX = 1e-30
-"""Heads in which nothing is larger count as zero: 127 / amax would overflow."""
 
 CODE_OFFSET = 128
 """Added to the codes of int8 keys, which are kept unsigned."""
@@ -31,48 +28,14 @@ SEGMENT = 256
 
 LARGEST_WEIGHT = 65535.0
 
-LARGEST_FP8 = 448.0
-"""Of E4M3, which has no infinity."""
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedHeads:
-    """Keys or values as int8 pages keep them: number = code * scale.
-
-    Attributes:
-        codes: int8 [..., H].
-        scales: float32 [...], one per token and head.
-    """
-
-    codes: Tensor
-    scales: Tensor
-
-    def dequantize(self) -> Tensor:
-        """float32 [..., H]."""
-        return self.codes.float() * self.scales[..., None]
-
-
-def quantize_heads(x: Tensor) -> QuantizedHeads:
-    """Rounds float32 [..., H] as `store_kv` does: scale = amax / 127, code = round_half_even(x * (127 / amax))."""
-    amax = x.abs().amax(-1)
-    full = torch.full_like(amax, 127.0)  # torch computes 127 / tensor as a product with the reciprocal, rounded twice
-    zero = amax < SMALLEST_AMAX
-    codes = torch.round(x * torch.where(zero, 0.0, full / amax)[..., None])
-    return QuantizedHeads(codes=codes.to(torch.int8), scales=torch.where(zero, 0.0, amax / full))
-
-
-def round_as_stored(x: Tensor, dtype: NativeKvDtype) -> Tensor:
+def round_as_stored(x: Tensor, dtype: KvDtype) -> Tensor:
     """What float32 [..., H] reads as once it has been in a page: float32."""
     if dtype == "int8":
         return quantize_heads(x).dequantize()
     if dtype == "fp8":
         return round_to_fp8(x).float()
     return x.to(torch.bfloat16).float() if dtype == "bfloat16" else x
-
-
-def round_to_fp8(x: Tensor) -> Tensor:
-    """float8_e4m3fn of any floating shape: rounded half to even, at most ±448; NaN stays NaN."""
-    return x.clamp(-LARGEST_FP8, LARGEST_FP8).to(torch.float8_e4m3fn)  # older torch makes NaN of what is larger
 
 
 def attend_codes(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, scale: float, window: int | None) -> Tensor:
