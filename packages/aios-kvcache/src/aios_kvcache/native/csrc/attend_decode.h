@@ -162,7 +162,7 @@ inline void decode(const AttentionCall& call, const Sequence& sequence, int kv_h
     for (int g = 0; g < group && s > first; ++g) merge(merged(g), fresh(g), width);
   }
   for (int g = 0; g < group; ++g)
-    finish(merged(g), call.pool.head_dim, call.output(sequence.first_row, kv_head * group + g));
+    finish(merged(g), call.pool.head_dim, call.unit(), call.output(sequence.first_row, kv_head * group + g));
 }
 
 // One new token and all kv heads; then comes the sequence `next`.

@@ -273,7 +273,7 @@ inline void prefill(const AttentionCall& call, const Tile& tile, float* memory) 
       if (sees(r, s)) merge(merged(r), fresh(r), width);
   }
   for (int r = 0; r < rows; ++r)
-    finish(merged(r), call.pool.head_dim,
+    finish(merged(r), call.pool.head_dim, call.unit(),
            call.output(tile.packed_row(tile.position(call, r)), tile.kv_head * group + r % group));
 }
 

@@ -81,7 +81,7 @@ inline Number* values_at(const KvPool& pool, int64_t at) {
 // nearest, they arrive a fifth faster than with `prefetch`.)
 inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
-// How the numbers of one type are read.
+// How the numbers of one type are read; those of FP8 times kE4m3Unit are the numbers.
 //   key_pair   the keys h and h + 1 of sixteen tokens; h is even
 //   values     16 * vectors of one token's values, from a multiple of 32 on; `vectors` is even except at the end of W
 template <KvType type>
@@ -105,13 +105,13 @@ template <>
 struct Storage<KvType::kFp8> {
   using Number = uint8_t;
   static void key_pair(const uint8_t* sixteen, int h, f32x16& even, f32x16& odd) {
-    load_e4m3_pair(sixteen + h * kLanes, even, odd);
+    load_e4m3_units(sixteen + h * kLanes, even, odd);
   }
   template <int vectors>
   static void values(const uint8_t* token, f32x16 (&out)[vectors]) {
 #pragma GCC unroll 4
-    for (int i = 0; i + 1 < vectors; i += 2) load_e4m3_pair(token + i * kLanes, out[i], out[i + 1]);
-    if constexpr (vectors % 2 == 1) out[vectors - 1] = load_e4m3_or_nan(token + (vectors - 1) * kLanes);
+    for (int i = 0; i + 1 < vectors; i += 2) load_e4m3_units(token + i * kLanes, out[i], out[i + 1]);
+    if constexpr (vectors % 2 == 1) out[vectors - 1] = load_e4m3_units(token + (vectors - 1) * kLanes);
   }
 };
 
