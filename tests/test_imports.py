@@ -50,6 +50,7 @@ TENSOR_MODULES = {
         "page_mover",
         "paged_cache",
         "pool_memory",
+        "stored_heads",
     ),
     "aios_sched": ("batch", "model_runner"),
     "aios_parallel": (

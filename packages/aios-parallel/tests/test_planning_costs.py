@@ -186,6 +186,7 @@ def test_a_processor_computes_in_float32_and_leaves_the_embedding_table_in_the_f
 def test_int8_kv_cache_has_a_scale_per_head():
     work = replace(WORK, kv_cache_dtype="int8")
     assert costs_of(work=work).loads.ranks[0][0].kv_bytes == 2 * 2 * 2 * (16 + 4)
+    assert costs_of(work=replace(WORK, kv_cache_dtype="fp8")).loads.ranks[0][0].kv_bytes == 2 * 2 * 2 * 16
 
 
 def test_experts_are_read_as_far_as_tokens_visit_them():

@@ -24,6 +24,7 @@ from aios_serve.config import EngineConfig, parse_count
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
         ({"device": "tpu"}, ["device='tpu'", "cuda"]),
         ({"load_format": "pickle"}, ["load_format='pickle'", "safetensors"]),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype='fp8_e5m2'", "int8, fp8"]),
         ({"kv_cache_policy": "swap"}, ["kv_cache_policy='swap'", "contiguous"]),
         ({"device_memory_utilization": 1.5}, ["device_memory_utilization=1.5", "0.9"]),
         ({"device_memory_utilization": float("nan")}, ["device_memory_utilization=nan"]),
@@ -61,6 +62,7 @@ def test_aliases_and_paths_are_brought_to_one_form():
         served_model_name="one",
         quantization=None,
         generation_config="vllm",
+        kv_cache_dtype="fp8_e4m3",
         device_memory_utilization=1,
     )
     assert config.model == str(Path("a/b"))
@@ -72,6 +74,7 @@ def test_aliases_and_paths_are_brought_to_one_form():
         served_model_name=("one",),
         quantization="none",
         generation_config="none",
+        kv_cache_dtype="fp8",
         device_memory_utilization=1.0,
     )
 

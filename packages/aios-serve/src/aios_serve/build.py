@@ -70,7 +70,7 @@ def describe(
         dtype=str(decoder.dtype if backend.pool is None else backend.weight_dtype).removeprefix("torch."),
         quantization=backend.scheme,
         kernels=backend.reason.partition("\n")[0],
-        kv_dtype=str(backend.kv_dtype or decoder.dtype).removeprefix("torch."),
+        kv_dtype=backend.kv_dtype_name(decoder.dtype),
         device=str(decoder.device),
         vocab_size=decoder.config.vocab_size,
         num_weight_bytes=weight_bytes(decoder),

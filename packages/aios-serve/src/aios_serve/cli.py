@@ -99,6 +99,8 @@ class KVCacheDType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    fp8 = "fp8"
+    fp8_e4m3 = "fp8_e4m3"
 
 
 class ExecutorBackend(StrEnum):
@@ -325,7 +327,8 @@ def serve(
         _option(
             "--kv-cache-dtype",
             panel=_MEMORY,
-            help="Numbers in the KV pages. auto: bfloat16 with native kernels, else what the model computes with.",
+            help="Numbers in the KV pages. auto: bfloat16 with native kernels, else what the model computes with. "
+            "fp8_e4m3 is fp8.",
         ),
     ] = KVCacheDType.auto,
     max_num_seqs: Annotated[

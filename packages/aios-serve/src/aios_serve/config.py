@@ -19,7 +19,7 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
-KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
 RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -71,8 +71,9 @@ class EngineConfig:
         rank_timeout: Seconds without a sign of life, or of progress with a step, after which a rank counts as lost.
         quantization: Scheme of the weights: "int8", "int4", "fp8", "as-stored" and more (`aios_quant.SCHEME_NAMES`),
             "none" for plain numbers, or "auto": on a CPU the fastest that keeps the quality, see `backend.py`.
-        kv_cache_dtype: Numbers in the pages: "bfloat16" and "int8" need native kernels; "auto" is bfloat16 with them
-            and what the model computes with elsewhere.
+        kv_cache_dtype: Numbers in the pages: "float32", "bfloat16", "int8" with a scale per token and head, or "fp8"
+            (E4M3, also called "fp8_e4m3"); "auto" is bfloat16 with native kernels and what the model computes with
+            elsewhere.
         cpu_bind: Cores that the native kernels' threads are bound to: "none", "auto" (fills one NUMA node before the
             next), or a list such as "0-3,8".
         engine_process: Run the engine in a process of its own (`AsyncEngine` only).
@@ -159,6 +160,8 @@ class EngineConfig:
         self._set("served_model_name", (names,) if isinstance(names, str) else tuple(names or ()))
         if self.quantization is None:
             self._set("quantization", "none")
+        if self.kv_cache_dtype == "fp8_e4m3":
+            self._set("kv_cache_dtype", "fp8")
         if self.generation_config == "vllm":
             self._set("generation_config", "none")
 

@@ -15,7 +15,7 @@ class EngineInfo:
         dtype: What the model computes with: "float32", "bfloat16", "float16" or "float64".
         quantization: Scheme of the weights, "none" for plain numbers.
         kernels: What computes, and why: "native kernels for avx512", or why torch does.
-        kv_dtype: Numbers in the pages: "bfloat16", "int8", …
+        kv_dtype: Numbers in the pages: "bfloat16", "int8", "fp8", …
         device: "cpu" or "cuda".
         vocab_size: Width of the output layer: every token id of a request must be below it.
         num_weight_bytes: Memory of the weights.

@@ -136,13 +136,14 @@ class ModelPart:
         """
         decoder, backend = self.decoder, self.backend
         sampler = Sampler(vocab_size=decoder.config.vocab_size, device=decoder.device, pool=backend.pool)
-        if backend.pool is None or backend.kv_dtype is None:
+        if backend.pool is None or backend.kv_dtype is None or not backend.native_pages:
             cache = PagedKVCache(
                 decoder.local_config,
                 num_blocks=plan.num_blocks,
                 block_size=plan.block_size,
                 dtype=decoder.dtype,
                 device=decoder.device,
+                kv_dtype=backend.kv_dtype,
             )
             return decoder, cache, sampler
         pages = NativePagedKVCache(

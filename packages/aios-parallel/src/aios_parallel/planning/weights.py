@@ -13,6 +13,7 @@ from aios_model.errors import ConfigError
 from aios_model.weights.gguf_file import GGUFFile
 from aios_model.weights.hub import ModelFiles
 from aios_parallel.planning.devices import Device, RateName
+from aios_parallel.planning.hardware import KVCacheDType
 
 SCHEMES = ("none", "int8", "fp8", "int4", "as-stored")
 """What `--quantization` knows beside `auto`; `int4-g32`, `-g64` and `-g128` set the group."""
@@ -63,6 +64,11 @@ class WeightScheme:
 def float_bytes(config: ModelConfig, device: Device) -> int:
     """Bytes of an unquantised number as `aios-serve --dtype auto` holds it: float32 on a processor, else the file's."""
     return 4 if device.kind == "cpu" or config.torch_dtype in ("float32", "float64") else 2
+
+
+def default_kv_cache_dtype(config: ModelConfig, device: Device) -> KVCacheDType:
+    """What `aios-serve --kv-cache-dtype auto` keeps: BF16 on a processor, elsewhere what the model computes with."""
+    return "bfloat16" if device.kind == "cpu" or float_bytes(config, device) == 2 else "float32"
 
 
 def find_scheme(name: str, config: ModelConfig, device: Device, files: ModelFiles | None = None) -> WeightScheme:
