@@ -45,7 +45,7 @@ def test_decodes_run_beside_a_long_prompt_and_never_behind_it(lab):
 
 
 def test_long_prompt_of_higher_priority_does_not_hold_up_decodes(lab):
-    scheduler, runner = lab.make_scheduler(max_num_batched_tokens=8), lab.PageStoreRunner(4)
+    scheduler, runner = lab.make_scheduler(max_num_batched_tokens=8, policy="priority"), lab.PageStoreRunner(4)
     scheduler.add(lab.make_request("short", [1, 2], max_tokens=20))
     scheduler.update(step := scheduler.schedule(), runner.execute(step))
     scheduler.add(lab.make_request("urgent", range(1, 31), priority=-1))
@@ -100,7 +100,7 @@ def test_preempted_request_resumes_with_same_tokens(lab):
 
 
 def test_newest_of_the_least_important_gives_way(lab):
-    scheduler, runner = lab.make_scheduler(num_blocks=6, watermark=0), lab.PageStoreRunner(4)
+    scheduler, runner = lab.make_scheduler(num_blocks=6, watermark=0, policy="priority"), lab.PageStoreRunner(4)
     urgent = lab.make_request("urgent", [3] * 4, priority=-1, max_tokens=12)
     old, new = lab.make_request("old", [1] * 4, max_tokens=12), lab.make_request("new", [2] * 4, max_tokens=12)
     for request in (old, new, urgent):

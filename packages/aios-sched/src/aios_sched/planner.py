@@ -4,9 +4,11 @@ One token budget, no phases. A step gives every running request that knows its n
 prompts that are being read, then newcomers, until the budget, the seats or the pages are used up. So a long prompt
 costs the others at most one step's budget of delay, never its whole length (Sarathi-Serve, arXiv 2403.02310).
 
-Nobody starves. Requests are ordered by importance: priority, then arrival. Pages flow only upwards in that order: who
-lacks one takes it from the least important, or waits with what it holds. The most important request can take from
-everyone, and alone it fits (`Scheduler.add` refuses what does not); so it finishes, and the next one takes its place.
+Nobody starves. Requests are ordered by importance: the rank that the policy gave them, then arrival. Pages flow only
+upwards in that order: who lacks one takes it from the least important, or waits with what it holds. No rank changes
+while its request has pages. So the most important request can take from everyone, and alone it fits (`Scheduler.add`
+refuses what does not); it finishes, and the next one takes its place. That every single request becomes the most
+important one in the end is up to the policy, and each says why.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class StepPlanner:
     Args:
         config: Limits.
         block_manager: The pages.
-        waiting: Those without pages, in the order of the policy.
+        waiting: The policy: those without pages, in the order of admission.
 
     Attributes:
         running: Those with pages and a seat, the most important first.
@@ -133,7 +135,7 @@ class StepPlanner:
             if copies is None:
                 return
             self.block_copies += copies
-            waiting.remove(request)
+            waiting.admit(request)
             request.status = RequestStatus.RUNNING
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = time.monotonic()
