@@ -189,6 +189,7 @@ class Workload:
             max_model_len=self.max_model_len,
             enable_chunked_prefill=self.chunked,
             watermark=rng.choice([0, 0, 0.01, 0.2]),
+            expected_output=random.Random(seed + 1).choice(["estimated", "none"]),
             max_steps_in_flight=rng.choice([1, 1, 2, 3]),
         )
         # Drawn apart, so that a seed means the same limits and prompts under every policy.

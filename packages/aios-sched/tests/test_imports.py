@@ -16,6 +16,7 @@ TORCH_FREE = [
     "aios_sched.errors",
     "aios_sched.executor",
     "aios_sched.output",
+    "aios_sched.output_estimate",
     "aios_sched.planner",
     "aios_sched.policy.base",
     "aios_sched.policy.fcfs",

@@ -211,7 +211,7 @@ def test_cached_prompt_tokens_and_preemption_cost_nothing(lab):
 
 
 def test_a_returning_tenant_has_saved_nothing_up(lab):
-    queue = FairQueue()
+    queue = FairQueue(burst=0)
     arrivals = Arrivals(lab, queue)
     for _ in range(100):
         arrivals.push(prompt=[1] * 10, tenant="busy")
@@ -222,6 +222,39 @@ def test_a_returning_tenant_has_saved_nothing_up(lab):
     assert queue.counters == {"busy": 500, "late": 500}
     order = drain(queue)[:10]
     assert [index for index, name in enumerate(order) if name.startswith("late")] == [1, 3, 5, 7, 9]
+
+
+def test_a_returning_tenant_may_have_a_burst(lab):
+    queue = FairQueue(burst=25)
+    arrivals = Arrivals(lab, queue)
+    for _ in range(20):
+        arrivals.push(prompt=[1] * 10, tenant="busy")
+    for _ in range(10):
+        admit(queue, queue.peek())
+    for number in range(5):
+        arrivals.push(f"late {number}", prompt=[1] * 10, tenant="late")
+    assert queue.counters == {"busy": 100, "late": 75}
+    order = [name[:4] for name in drain(queue)]
+    assert order[:4] == ["late", "late", "late", "r10"]  # three within the burst, then they take turns
+
+
+@given(loads=st.tuples(st.integers(0, 9), st.integers(0, 9)), weights=st.tuples(st.sampled_from([1, 2]), st.just(1)))
+def test_a_seat_changes_hands_only_towards_equal_shares_and_never_back(lab, loads, weights):
+    queue = FairQueue(dict(zip("ab", weights, strict=True)))
+    arrivals = Arrivals(lab, queue)
+    running = {name: [arrivals.push(tenant=name) for _ in range(load)] for name, load in zip("ab", loads, strict=True)}
+    for request in [*running["a"], *running["b"]]:
+        admit(queue, request)
+    newcomer = arrivals.push(tenant="a")
+    if not running["b"]:
+        return
+    loads_after = [(loads[0] + 1) / weights[0], (loads[1] - 1) / weights[1]]
+    displaced = queue.may_displace(newcomer, running["b"][-1])
+    assert displaced == (loads_after[0] <= loads_after[1])
+    if displaced:
+        admit(queue, newcomer)
+        preempt(queue, running["b"][-1])
+        assert not queue.may_displace(running["b"][-1], newcomer)
 
 
 def test_within_a_tenant_preempted_requests_come_first_in_order_of_arrival(lab):

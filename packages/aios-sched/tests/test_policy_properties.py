@@ -96,12 +96,12 @@ def test_without_aging_the_same_siege_starves_it(lab):
 class Backlog:
     """Tenants that have requests waiting all the time, of lengths that differ from tenant to tenant."""
 
-    def __init__(self, lab, seed, *, weights=None, policy=None):
+    def __init__(self, lab, seed, *, weights=None, policy=None, burst=0.0):
         self.lab, self.random = lab, random.Random(seed)
         self.weights = weights or {"a": 1.0, "b": 1.0}
         self.num_seats = self.random.choice([2, 3, 6])
         self.longest_prompt, self.most_tokens = 12, 12
-        self.policy = FairQueue(self.weights) if policy is None else policy
+        self.policy = FairQueue(self.weights, burst=burst) if policy is None else policy
         self.scheduler = lab.make_scheduler(
             num_blocks=self.random.choice([6, 10, 100]),
             max_num_seqs=self.num_seats,

@@ -147,10 +147,10 @@ class SchedulesTokensInFlightAgain(StepPlanner):
 
 
 class IgnoresSeats(StepPlanner):
-    def _plan_newcomers(self, plan):
+    def _plan_newcomers(self, plan, **options):
         config = self._config
         self._config = replace(config, max_num_seqs=99, max_num_batched_tokens=99)
-        super()._plan_newcomers(plan)
+        super()._plan_newcomers(plan, **options)
         self._config = config
 
 

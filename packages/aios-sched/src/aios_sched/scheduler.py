@@ -291,6 +291,7 @@ class Scheduler:
         if stop is None:
             token_output = TokenOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)
         else:
+            self._planner.learn(request)
             token_output = self._finish(request, stop.reason, stop_reason=stop.token_id)
         token_output.token_ids.append(sampled.token_id)
         token_output.logprobs.append(sampled.logprobs)

@@ -29,11 +29,15 @@ class WaitingQueue(Protocol):
         ...
 
     def peek(self) -> Request | None:
-        """The request to admit next; None when nobody waits."""
+        """The request to admit next, with its rank; None when nobody waits."""
         ...
 
     def admit(self, request: Request) -> None:
         """The request, which waits here, has its pages and leaves the queue; `num_computed_tokens` were cached."""
+        ...
+
+    def may_displace(self, request: Request, other: Request) -> bool:
+        """With all seats taken: whether the request that `peek` returned may have that of `other`, which runs."""
         ...
 
     def charge(self, request: Request, num_tokens: int) -> None:

@@ -26,12 +26,16 @@ class FairQueue:
     that was generated, counted as it comes. Within a tenant, the order of arrival counts.
 
     - *Idle time is not saved up.* When the first request of a tenant comes to wait, its counter is lifted to the
-      smallest of those that wait; if nobody does, to that of the tenant that left the queue last.
+      smallest of those that wait, less `burst`; if nobody waits, of the tenant that left the queue last. In the paper
+      `burst` is 0: then a tenant within its share waits whenever two of its requests come close together.
     - *The difference is bounded.* Of tenants that have requests waiting all the time, none gets more than
       `(input_weight * longest prompt + output_weight * tokens that all seats generate) / weight` ahead of another: it
-      had the smallest counter when a request of it was admitted last, and that is all that can be charged since.
-    - *Memory is shared likewise.* The k-th request that a tenant runs at a time has rank k / weight, so when pages run
-      out, the tenant that runs most for its weight gives way. The rank stays as it is while the request has pages.
+      had the smallest counter when a request of it was admitted last, and that is all that can be charged since. One
+      that returns may get `burst` / weight more.
+    - *Seats and memory are shared likewise.* With all seats taken, the next request takes that of a tenant that runs
+      more for its weight: a flood does not keep the others waiting until one of its requests ends. The k-th request
+      that a tenant runs at a time has rank k / weight, so when pages run out, or prompts are read, the tenant that runs
+      most for its weight gives way. The rank stays as it is while the request has pages.
       A tenant's oldest preempted request is the first that it has admitted again, and the fewer it runs the better
       that one's new rank: in the end it is 0, and the oldest request of rank 0 gives way to nobody.
 
@@ -40,20 +44,29 @@ class FairQueue:
             tenant of weight 1.
         input_weight: What a prompt token costs.
         output_weight: What a generated token costs.
+        burst: What a tenant that was idle may get before it takes turns with the others, in weighted tokens.
 
     Raises:
-        ConfigError: a weight is not a positive number.
+        ConfigError: a weight is not a positive number, or `burst` is negative.
     """
 
     def __init__(
-        self, weights: Mapping[str, float] | None = None, *, input_weight: float = 1.0, output_weight: float = 2.0
+        self,
+        weights: Mapping[str, float] | None = None,
+        *,
+        input_weight: float = 1.0,
+        output_weight: float = 2.0,
+        burst: float = 8192.0,
     ) -> None:
         for name, weight in {**(weights or {}), "input": input_weight, "output": output_weight}.items():
             if not 0 < weight < float("inf"):
                 raise ConfigError(f"the weight {weight} of {name!r} cannot be used: it must be a positive number")
+        if not 0 <= burst < float("inf"):
+            raise ConfigError(f"burst={burst} cannot be used: it must be 0 or more")
         self._weights = None if weights is None else {DEFAULT_TENANT: 1.0, **weights}
         self._input_weight = input_weight
         self._output_weight = output_weight
+        self._burst = burst
         self._tenants: dict[str, _Tenant] = {}
         self._order: list[tuple[float, str]] = []  # of those that wait, by a counter that may have grown since
         self._last_to_leave: _Tenant | None = None
@@ -68,18 +81,20 @@ class FairQueue:
             tenant.num_running -= 1
         if not tenant.waiting:
             if not is_preempted:
-                tenant.counter = max(tenant.counter, self._floor())
+                tenant.counter = max(tenant.counter, self._floor() - self._burst / tenant.weight)
             if not tenant.in_order:
                 tenant.in_order = True
                 heappush(self._order, (tenant.counter, tenant.name))
-        request.rank = 0.0 if is_preempted else 1.0  # in its tenant's queue; `admit` gives the rank that counts
         tenant.waiting.push(request)
         self._num_waiting += 1
 
     def peek(self) -> Request | None:
         """The first request of the tenant with the smallest counter."""
         tenant = self._least_served()
-        return None if tenant is None else tenant.waiting.peek()
+        request = None if tenant is None else tenant.waiting.peek()
+        if request is not None:
+            request.rank = self._tenants[request.tenant].load
+        return request
 
     def admit(self, request: Request) -> None:
         """Charges the prompt, once: to be preempted is no service."""
@@ -87,8 +102,13 @@ class FairQueue:
         if not request.num_preemptions:
             num_tokens = request.num_tokens - request.num_computed_tokens
             tenant.counter += self._input_weight * num_tokens / tenant.weight
-        request.rank = tenant.num_running / tenant.weight
+        request.rank = tenant.load
         tenant.num_running += 1
+
+    def may_displace(self, request: Request, other: Request) -> bool:
+        """If its tenant, one that was served less, will not run more for its weight than the other's then does."""
+        mine, theirs = self._tenants[request.tenant], self._tenants[other.tenant]
+        return (mine.num_running + 1) / mine.weight <= (theirs.num_running - 1) / theirs.weight
 
     def charge(self, request: Request, num_tokens: int) -> None:
         """Charges generated tokens."""
@@ -169,4 +189,14 @@ class _Tenant:
         self.counter = 0.0
         self.in_order = False  # has an entry in the queue's heap of tenants
         self.num_running = 0
-        self.waiting = RankedQueue()
+        self.waiting = RankedQueue(_turn)
+
+    @property
+    def load(self) -> float:
+        """What it runs, for its weight."""
+        return self.num_running / self.weight
+
+
+def _turn(request: Request) -> tuple[float, int]:
+    """Order within a tenant: preempted requests had their turn already."""
+    return (0.0 if request.num_preemptions else 1.0, request.arrival_order)

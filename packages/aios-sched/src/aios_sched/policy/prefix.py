@@ -64,6 +64,10 @@ class PrefixQueue:
         self._num_overtakes = 0 if is_first else self._num_overtakes + 1
         self._drop(request)
 
+    def may_displace(self, request: Request, other: Request) -> bool:
+        """Never."""
+        return False
+
     def charge(self, request: Request, num_tokens: int) -> None:
         """Tokens change no order here."""
 
