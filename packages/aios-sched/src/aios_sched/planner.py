@@ -22,6 +22,8 @@ from aios_sched.output import ScheduledRequest
 from aios_sched.request import Request, RequestStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aios_kvcache.block import BlockCopy
     from aios_kvcache.block_manager import BlockManager
     from aios_sched.config import SchedulerConfig
@@ -38,6 +40,7 @@ class StepPlanner:
         config: Limits.
         block_manager: The pages.
         waiting: Those without pages, in the order of the policy.
+        clock: Tells the time in seconds.
 
     Attributes:
         running: Those with pages and a seat, the most important first.
@@ -45,12 +48,20 @@ class StepPlanner:
         num_preemptions: Times a running request lost its pages.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, waiting: WaitingQueue) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        waiting: WaitingQueue,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.running: list[Request] = []
         self.block_copies: list[BlockCopy] = []
         self.num_preemptions = 0
         self._config = config
         self._block_manager = block_manager
+        self._clock = clock
         self._waiting = waiting
         self._admission = Admission(config, block_manager)
 
@@ -82,6 +93,10 @@ class StepPlanner:
         except Exception as error:
             raise SchedulingError(request.request_id, error) from error
         return plan
+
+    def is_still_refused(self, request: Request, budget: int) -> bool:
+        """Whether a request that had to wait still has to, with so many tokens left in the step."""
+        return self._admission.is_still_refused(request, budget)
 
     def _plan_step(self, plan: StepPlan) -> None:
         num_preemptions = self.num_preemptions
@@ -134,7 +149,7 @@ class StepPlanner:
             waiting.remove(request)
             request.status = RequestStatus.RUNNING
             if request.first_scheduled_time is None:
-                request.first_scheduled_time = time.monotonic()
+                request.first_scheduled_time = self._clock()
             insort(running, request, key=Request.importance)
             self._take_tokens(request, plan)
 

@@ -24,7 +24,7 @@ from aios_sched.stop import check_stop
 from aios_sched.validation import check_pool, resolve_max_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from aios_kvcache.block_manager import BlockManager
     from aios_model.sampling.rows import SampledToken
@@ -42,19 +42,28 @@ class Scheduler:
         config: Limits.
         block_manager: The pages.
         waiting: The policy: who is admitted next.
+        clock: Tells the time in seconds; a simulator brings its own.
 
     Attributes:
         num_prompt_tokens: Prompt tokens of all requests that reached their first token.
         num_generation_tokens: Tokens sampled for all requests.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, waiting: WaitingQueue) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        waiting: WaitingQueue,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.config = config
         self.block_manager = block_manager
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
+        self._clock = clock
         self._waiting = waiting
-        self._planner = StepPlanner(config, block_manager, waiting)
+        self._planner = StepPlanner(config, block_manager, waiting, clock=clock)
         self._requests: dict[str, Request] = {}  # all that are not done with, those aborted in flight included
         self._forgettable_ids: list[str] = []  # for the next step: whom runners may forget
         self._num_added = 0
@@ -228,7 +237,7 @@ class Scheduler:
         request.append_token(sampled.token_id)
         self.num_generation_tokens += 1
         if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
+            request.first_token_time = self._clock()
             self.num_prompt_tokens += len(request.prompt_token_ids)
         stop = check_stop(request, max_model_len=self.config.max_model_len)
         if stop is None:
@@ -251,7 +260,7 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
-        request.finished_time = time.monotonic()
+        request.finished_time = self._clock()
         return TokenOutput(
             request_id=request.request_id,
             finish_reason=reason,
