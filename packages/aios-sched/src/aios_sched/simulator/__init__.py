@@ -5,6 +5,7 @@
     arrivals.py            Poisson arrivals and bursts
     chat.py                conversations with shared prefixes
     csv_trace.py           a file of one's own
+    trace_options.py       from the words of the command line to a trace
     cost.py                the socket for cost models, and the plainest one
     fitting.py             a cost model from measured steps
     roofline_cost.py       a cost model from a device's datasheet

@@ -76,7 +76,7 @@ class CSVTrace:
                 latest, count = request.arrival_s, count + 1
                 yield request
         except csv.Error as error:
-            raise self._error(reader.line_num, str(error)) from error
+            raise self._error(reader.reader.line_num, str(error)) from error  # the line it is still reading
         if not count:
             raise TraceFileError(f"{self.path} holds no requests below its header")
 

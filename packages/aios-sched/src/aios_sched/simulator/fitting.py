@@ -3,8 +3,8 @@
 The time of a step is the sum of a curve over the number of tokens, straight between a few knots, and of terms in
 proportion to requests, contexts and pairs of tokens. That is linear in its coefficients; each is a time that something
 takes, so none may be negative. Non-negative least squares by cyclic coordinate descent: each coefficient in turn takes
-its best value while the others stay (Franc, Hlavac and Navara, 2005). Residuals are relative, for a step of one token
-matters as much as one of two hundred.
+its best value while the others stay (Franc, Hlavac and Navara, 2005). Residuals are relative to what is predicted
+(reweighted a few times), for a step of one token matters as much as one of two hundred.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 KNOTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _FORMAT = "aios step cost 1"
 _MAX_ROUNDS = 20_000
+_NUM_REWEIGHTINGS = 2
 
 
 class CostFileError(AiosError, ValueError):
@@ -76,9 +77,10 @@ def fit(steps: Sequence[MeasuredStep]) -> Fit:
         raise ConfigError("a measured step took no time, or an infinite one; check the measurement")
     largest = max(step.shape.num_tokens for step in steps)
     knots = [knot for knot in KNOTS if knot < largest]
-    rows = [[feature / step.seconds for feature in _features(step.shape, knots)] for step in steps]
-    weights = _non_negative_least_squares(rows)
-    cost = _model(weights, knots, largest)
+    cost = _fit_once(steps, [step.seconds for step in steps], knots)
+    for _ in range(_NUM_REWEIGHTINGS):
+        # Relative to the measured times, slow outliers would count too little, and the sum come out too low.
+        cost = _fit_once(steps, [_seconds(cost, step.shape) for step in steps], knots)
     predicted = [_seconds(cost, step.shape) for step in steps]
     errors = [abs(guess / step.seconds - 1) for guess, step in zip(predicted, steps, strict=True)]
     total = sum(step.seconds for step in steps)
@@ -127,6 +129,16 @@ def load_cost(path: Path) -> LinearCost:
         raise CostFileError(f"{path} holds no cost model: {error}") from error
 
 
+def _fit_once(steps: Sequence[MeasuredStep], scales: Sequence[float], knots: Sequence[int]) -> LinearCost:
+    """The model with the least squares of errors, each divided by its scale."""
+    rows = [
+        [value / scale for value in _features(step.shape, knots)] for step, scale in zip(steps, scales, strict=True)
+    ]
+    goals = [step.seconds / scale for step, scale in zip(steps, scales, strict=True)]
+    largest = max(step.shape.num_tokens for step in steps)
+    return _model(_non_negative_least_squares(rows, goals), knots, largest)
+
+
 def _features(shape: StepShape, knots: Sequence[int]) -> list[float]:
     """A constant, how much further than each knot the tokens reach up to the next one, and the other terms."""
     pieces = [
@@ -150,11 +162,11 @@ def _seconds(cost: LinearCost, shape: StepShape) -> float:
     return cost.step(shape) / 1e15
 
 
-def _non_negative_least_squares(rows: Sequence[Sequence[float]]) -> list[float]:
-    """x >= 0 with `rows` times x nearest to all ones."""
+def _non_negative_least_squares(rows: Sequence[Sequence[float]], wanted: Sequence[float]) -> list[float]:
+    """x >= 0 with `rows` times x nearest to `wanted`."""
     size = len(rows[0])
     products = [[math.fsum(row[i] * row[j] for row in rows) for j in range(size)] for i in range(size)]
-    goals = [math.fsum(row[i] for row in rows) for i in range(size)]
+    goals = [math.fsum(row[i] * value for row, value in zip(rows, wanted, strict=True)) for i in range(size)]
     solution = [0.0] * size
     for _ in range(_MAX_ROUNDS):
         largest_change = 0.0

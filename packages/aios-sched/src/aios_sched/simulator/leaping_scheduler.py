@@ -65,6 +65,11 @@ class Leap:
 class LeapingScheduler(Scheduler):
     """A Scheduler that can also take a stretch of decode steps at once, with every token PLAIN_TOKEN."""
 
+    @property
+    def policy_watches(self) -> bool:
+        """Whether the policy may decide by how far the running requests have got; the plain order of arrival won't."""
+        return type(self._waiting) is not FCFSQueue
+
     def foresee(self, *, trust_refusal: bool = True) -> Stretch | None:
         """The steps from now on between which nothing will happen; None if the next one has to be planned.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aios_sched.simulator.results import METRICS
 
@@ -65,6 +65,25 @@ def results_plot(results: Results) -> str:
     )
 
 
+def sweep_plot(option: str, summaries: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """Two panels over the values of an option, evenly spaced: latencies, and throughput."""
+    values = [value for value, _ in summaries]
+    latencies = []
+    for name in ("ttft", "tpot"):
+        for rank in ("p50", "p99"):
+            points = [(float(i), each["latency"][name][rank] or 0.0) for i, (_, each) in enumerate(summaries)]
+            latencies.append(Line(name=f"{_TITLES[name]}, {rank}", points=points, dots=True))
+    speeds = [(float(i), each["throughput"]["output_tokens_per_s"]) for i, (_, each) in enumerate(summaries)]
+    speed = Line(name="output tokens/s", points=speeds, dots=True)
+    x_title = f"{option}: {', '.join(values)}" if len(values) <= 12 else f"{option}: {values[0]} to {values[-1]}"
+    return stack(
+        [
+            panel(latencies, title="Latencies", x_title=x_title, y_title="seconds", x_names=values),
+            panel([speed], title="Throughput", x_title=x_title, y_title="output tokens/s", x_names=values),
+        ]
+    )
+
+
 def panel(
     lines: Sequence[Line],
     *,
@@ -73,6 +92,7 @@ def panel(
     y_title: str,
     logarithmic: bool = False,
     y_from_zero: bool = True,
+    x_names: Sequence[str] | None = None,
 ) -> str:
     """The inside of an SVG of 760 by 320: axes, lines and a legend.
 
@@ -83,6 +103,7 @@ def panel(
         y_title: Beside it.
         logarithmic: Of the x axis; its values must be positive.
         y_from_zero: Whether the y axis begins at 0.
+        x_names: What to call 0, 1, 2, … on the x axis.
     """
     xs = [x for line in lines for x, _ in line.points] or [1.0]
     ys = [y for line in lines for _, y in line.points] or [1.0]
@@ -92,7 +113,7 @@ def panel(
     for tick in x_axis.ticks():
         x = x_axis.place(tick)
         marks.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" class="grid"/>')
-        marks.append(_text(x, _HEIGHT - _BOTTOM + 18, f"{tick:,.6g}", "middle"))
+        marks.append(_text(x, _HEIGHT - _BOTTOM + 18, _name_of(tick, x_names), "middle"))
     for tick in y_axis.ticks():
         y = y_axis.place(tick)
         marks.append(f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
@@ -161,6 +182,12 @@ class _Axis:
             step *= 2 if (self._high - self._low) / step <= 16 else 5
         first = math.ceil(self._low / step - 1e-9)
         return [number * step for number in range(first, math.floor(self._high / step + 1e-9) + 1)]
+
+
+def _name_of(tick: float, names: Sequence[str] | None) -> str:
+    if names is None:
+        return f"{tick:,.6g}"
+    return names[round(tick)] if tick.is_integer() and 0 <= tick < len(names) else ""
 
 
 def _line(line: Line, number: int, x_axis: _Axis, y_axis: _Axis) -> list[str]:

@@ -84,6 +84,8 @@ class Replica:
             priority=traced.priority,
             cache_salt=traced.tenant,
         )
+        if isinstance(self._work, _Stretch) and self.scheduler.policy_watches:
+            self._settle(self._work, now)
         self.scheduler.add(request)
         self._silent[request_id] = request
         self._streams[traced.stream] += 1
@@ -146,6 +148,18 @@ class Replica:
         if num_begun < work.stretch.num_steps:
             work.stretch.num_steps = num_begun
             self.next_event = work.ends[num_begun]
+
+    def _settle(self, work: _Stretch, now: int) -> None:
+        """Applies the steps of a stretch that have ended before `now`: the policy is to see things as they are."""
+        num_ended = bisect_left(work.ends, now, 1, work.stretch.num_steps) - 1
+        if num_ended:
+            rest = work.stretch.num_steps - num_ended
+            work.stretch.num_steps = num_ended
+            self._end_stretch(work)
+            stretch = self.scheduler.foresee(trust_refusal=not self._num_twins)
+            assert stretch is not None, "a stretch ended before its time"
+            stretch.num_steps = rest
+            self._work = _Stretch(stretch, work.durations[num_ended:], work.ends[num_ended:])
 
     def _note_left_out(self, output: SchedulerOutput, now: int) -> None:
         """Remembers when those got their last token that have no place in this step."""

@@ -47,28 +47,29 @@ def print_sweep(console: Console, option: str, rows: Sequence[tuple[str, dict[st
         option: Its name.
         rows: Values and the summaries they led to.
     """
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in (option, "req/s", "tok/s", "TTFT p50", "p99", "TPOT p50", "p99", "pages used", "wasted", "hits"):
-        table.add_column(name, justify="right")
-    for name in ("preempted", "busy", "refused", "goodput"):
-        table.add_column(name, justify="right")
+    table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in (option, "req/s", "tok/s", "TTFT p50", "p99", "TPOT p50", "p99", "waste", "hits", "preempt", "busy"):
+        table.add_column(name, justify="right", no_wrap=True)
+    has_goal = any("goodput" in summary for _, summary in rows)
+    if has_goal:
+        table.add_column("good", justify="right", no_wrap=True)
     for value, summary in rows:
-        latency, memory, speed = summary["latency"], summary["memory"], summary["throughput"]
-        goodput = summary.get("goodput")
-        table.add_row(
-            value,
-            f"{speed['requests_per_s']:.2f}",
-            f"{speed['output_tokens_per_s']:,.0f}",
-            *(_time(latency[name][rank]) for name in ("ttft", "tpot") for rank in ("p50", "p99")),
-            f"{memory['used_share']:.1%}",
-            f"{memory['wasted_share_of_pool']:.1%}",
-            f"{summary['prefix_cache']['hit_rate']:.1%}",
-            f"{summary['preemptions']:,}",
-            f"{summary['steps']['busy_share']:.0%}",
-            f"{summary['requests']['refused']:,}",
-            "-" if goodput is None else f"{goodput['share']:.1%}",
-        )
+        table.add_row(value, *_sweep_cells(summary), *([f"{summary['goodput']['share']:.1%}"] if has_goal else []))
+    console.width = max(console.width, 96)  # rather wrapped by the terminal than cut
     console.print(table)
+
+
+def _sweep_cells(summary: dict[str, Any]) -> list[str]:
+    latency, memory, speed = summary["latency"], summary["memory"], summary["throughput"]
+    return [
+        f"{speed['requests_per_s']:.2f}",
+        f"{speed['output_tokens_per_s']:,.0f}",
+        *(_time(latency[name][rank]).replace(" ", "") for name in ("ttft", "tpot") for rank in ("p50", "p99")),
+        f"{memory['wasted_share_of_pool']:.1%}",
+        f"{summary['prefix_cache']['hit_rate']:.1%}",
+        f"{summary['preemptions']:,}",
+        f"{summary['steps']['busy_share']:.0%}",
+    ]
 
 
 def _latencies(latency: dict[str, dict[str, float | None]]) -> Table:

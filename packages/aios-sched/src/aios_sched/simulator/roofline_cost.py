@@ -56,7 +56,7 @@ class RooflineCost:
         if self.host_s < 0 or self.all_reduce_s < 0:
             raise ConfigError("times that the host and the links add cannot be negative")
 
-    @cached_property
+    @property
     def host_time(self) -> int:
         """`host_s`."""
         return round(self.host_s * FEMTOSECONDS)
