@@ -23,7 +23,7 @@ def run(capsys, *args):
 
 
 def test_everything_is_written(capsys, tmp_path):
-    paths = {name: tmp_path / name for name in ("json", "plot", "timeline")}
+    paths = {name: tmp_path / name for name in ("json", "plot", "timeline", "timeline-plot")}
     files = [each for name, path in paths.items() for each in (f"--{name}", str(path))]
     status, out, _ = run(capsys, "poisson", "-n", "50", *STEP, "--slo-ttft", "1", *files)
     assert status == 0
@@ -34,6 +34,7 @@ def test_everything_is_written(capsys, tmp_path):
     assert figures["goodput"]["share"] <= 1
     ET.parse(paths["plot"])
     assert json.loads(paths["timeline"].read_text())["traceEvents"]
+    assert ET.parse(paths["timeline-plot"]).getroot().tag.endswith("svg")
 
 
 def test_json_on_stdout_is_nothing_but_json(capsys):
@@ -98,6 +99,7 @@ def test_a_datasheet_is_enough(capsys):
         (("poisson", *STEP, "--sweep", "color", "red"), "option 'color' cannot be swept"),
         (("poisson", *STEP, "--sweep", "policy", "x"), "policy 'x' is unknown"),
         (("poisson", *STEP, "--sweep", "replicas", "1", "--timeline", "t.json"), "--timeline shows one simulation"),
+        (("poisson", *STEP, "--timeline-plot", "t.svg"), "--timeline-plot has no effect without --timeline"),
         (("poisson", *STEP, "--num-blocks", "1"), "requests were refused, the first: a prompt of"),
         (("poisson", *STEP, "--block-size", "0"), "--block-size 0"),
         (("poisson", *STEP, "--slo-ttft", "-1"), "an objective of -1.0 s"),

@@ -120,6 +120,7 @@ def simulate(
     plot: options.Plot = None,
     timeline: options.TimelineOption = None,
     timeline_events: options.TimelineEvents = 200_000,
+    timeline_plot: options.TimelinePlot = None,
 ) -> None:
     """Simulates TRACE and prints latencies, throughput, memory and the share of the time that devices are busy.
 
@@ -132,6 +133,8 @@ def simulate(
 
     requested = TraceOptions(**{name: given[name] for name in TraceOptions.__dataclass_fields__ if name in given})
     made = make_trace(trace, requested)
+    if timeline is None:
+        _refuse(given, {"timeline_plot": None, "timeline_events": 200_000}, "--timeline")
     costs = _cost_model(given)
     system = _system(given, costs)
     objectives = Objectives(ttft_s=slo_ttft, tpot_s=slo_tpot, e2e_s=slo_e2e)
@@ -149,6 +152,7 @@ def _simulate_once(
     from aios_sched.simulator.plots import results_plot
     from aios_sched.simulator.report import print_report
     from aios_sched.simulator.timeline import Timeline
+    from aios_sched.simulator.timeline_plot import timeline_plot
 
     path, plot = given["timeline"], given["plot"]
     progress = Console(stderr=True).status("simulating…")
@@ -171,6 +175,8 @@ def _simulate_once(
         )
     if plot is not None:
         _write(plot, results_plot(results))
+    if path is not None and given["timeline_plot"] is not None:
+        _write(given["timeline_plot"], timeline_plot(json.loads(path.read_text(encoding="utf-8"))))
     _write_json(given["json_path"], summary)
 
 

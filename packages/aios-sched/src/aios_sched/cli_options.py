@@ -207,3 +207,7 @@ TimelineOption = Annotated[
 TimelineEvents = Annotated[
     int, typer.Option(rich_help_panel=OUTPUT, min=1, help="Events after which the timeline ends.")
 ]
+TimelinePlot = Annotated[
+    Path | None,
+    typer.Option(rich_help_panel=OUTPUT, metavar="FILE", help="With --timeline: its beginning as SVG."),
+]

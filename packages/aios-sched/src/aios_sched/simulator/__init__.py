@@ -14,7 +14,7 @@
     replica.py             one engine
     fleet.py               the event loop: replicas behind a router
     meters.py, histogram.py, results.py   what is counted
-    report.py, plots.py, timeline.py      how it is shown
+    report.py, plots.py, timeline.py, timeline_plot.py   how it is shown
     sweep.py               the same for several values of an option
 
 Plain Python, no torch: it runs wherever Python does.

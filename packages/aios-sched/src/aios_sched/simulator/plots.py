@@ -175,11 +175,15 @@ class _Axis:
         return self._start + (value - self._low) / (self._high - self._low) * (self._stop - self._start)
 
     def ticks(self) -> list[float]:
+        """At most some ten round values."""
         if self._logarithmic:
-            return [10.0**power for power in range(math.ceil(self._low), math.floor(self._high) + 1)]
-        step = 10.0 ** math.floor(math.log10((self._high - self._low) / 2))
-        while (self._high - self._low) / step > 8:
-            step *= 2 if (self._high - self._low) / step <= 16 else 5
+            powers = range(math.floor(self._low), math.floor(self._high) + 1)
+            steps = (1, 2, 5) if self._high - self._low < 3 else (1,)
+            values = [step * 10.0**power for power in powers for step in steps]
+            return [value for value in values if self._low - 1e-9 <= math.log10(value) <= self._high + 1e-9]
+        rough = (self._high - self._low) / 7
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * (1 - 1e-9))
         first = math.ceil(self._low / step - 1e-9)
         return [number * step for number in range(first, math.floor(self._high / step + 1e-9) + 1)]
 
