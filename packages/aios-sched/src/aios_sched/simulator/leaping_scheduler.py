@@ -80,6 +80,8 @@ class LeapingScheduler(Scheduler):
         running, config = self._planner.running, self.config
         if not running or config.max_steps_in_flight > 1 or self._planner.block_copies:
             return None
+        if self.block_manager.tiers is not None:  # pages come and go beside the steps
+            return None
         blocked = self._is_blocked(trust_refusal=trust_refusal)
         if len(self._waiting) and not blocked:
             return None
