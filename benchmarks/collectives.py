@@ -4,15 +4,20 @@ Each row is one operation on float32 tensors of one size. The transports take tu
 thread, and a figure is the median of what the slowest rank saw, with the 10th and the 99th percentile beside it.
 
     uv run python benchmarks/collectives.py                              # two ranks, under a minute
-    uv run python benchmarks/collectives.py --ranks 4 --sizes 2048 1048576 --json figures.json
+    uv run python benchmarks/collectives.py --ranks 4 --sizes 2048 1048576 --json times.json
+    uv run aios-parallel scaling --collectives times.json                # plans with these times
 
 Rows:
     all-reduce shared        sums in the order of ranks, `SharedMemoryCommunicator`
     all-reduce native        the same, as native steps call it, without Python around it
     all-reduce gloo          sums in the order of ranks, `TorchCommunicator`
     all-reduce gloo's own    round a ring: an element's sum depends on where it lies
+    gather shared, gloo      every rank's tensor to the first rank
     one way shared, gloo     half of a tensor's way to another rank and back, as between stages of a pipeline
 GB/s are bytes of the tensor over time, whatever is moved for it.
+
+`--json` writes the medians of shared memory as those within a host, and of gloo, which goes over the loopback here, as
+those between hosts: a network that costs nothing but the software.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,6 +58,11 @@ class Figure:
     tenth: float
     ninety_ninth: float
 
+    @property
+    def kind(self) -> str:
+        """The operation without the transport."""
+        return self.operation.rpartition(" ")[0]
+
     def row(self) -> str:
         """A line of the Markdown table."""
         rate = 4 * self.numel / self.median / 1e3
@@ -73,6 +83,8 @@ def operations(rank: int, size: int, run: str, port: int) -> dict[str, Operation
         "all-reduce native": native_reduce(shared),
         "all-reduce gloo": gloo.all_reduce,
         "all-reduce gloo's own": ring.all_reduce,
+        "gather shared": shared.gather,
+        "gather gloo": gloo.gather,
         "one way shared": there_and_back(shared),
         "one way gloo": there_and_back(gloo),
     }
@@ -158,6 +170,25 @@ def measure(arguments: argparse.Namespace) -> list[Figure]:
     return figures(measured)
 
 
+def planning_times(measured: list[Figure], num_ranks: int) -> dict[str, object]:
+    """The figures as `aios-parallel plan --collectives` reads them; see docs/en/planning.md."""
+    operations = {"all-reduce": "all_reduce", "gather": "gather", "one way": "send"}
+    links = {"shared": "host", "gloo": "network"}
+    rows = [
+        {
+            "operation": operations[figure.kind],
+            "link": links[transport],
+            "bytes": 4 * figure.numel * (num_ranks if figure.kind == "gather" else 1),
+            "ranks": 2 if figure.kind == "one way" else num_ranks,
+            "seconds": figure.median / 1e6,
+        }
+        for figure in measured
+        if (transport := figure.operation.rpartition(" ")[2]) in links
+    ]
+    name = f"{num_ranks} ranks on {os.cpu_count()} CPUs of {platform.machine()}: shared memory, gloo over loopback"
+    return {"name": name, "rows": rows}
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,7 +197,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="turns that each transport takes")
     parser.add_argument("--budget", type=int, default=10_000_000, help="numbers per operation, size and turn")
     parser.add_argument("--port", type=int, default=29_517, help="where the ranks of gloo find each other")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write times for aios-parallel plan --collectives there")
     arguments = parser.parse_args()
     if arguments.ranks < 2:
         parser.error("--ranks: one rank has nobody to exchange tensors with")
@@ -176,7 +207,7 @@ def main() -> None:
     for figure in result:
         print(figure.row(), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(figure) for figure in result], indent=1))
+        arguments.json.write_text(json.dumps(planning_times(result, arguments.ranks), indent=1))
 
 
 if __name__ == "__main__":

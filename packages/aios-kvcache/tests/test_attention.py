@@ -12,6 +12,8 @@ import torch
 from aios_kvcache.attention_plan import QUERY_BLOCK, CausalMask, SequenceSlice, group_by_length, write_slots
 from aios_kvcache.block import BlockCopy
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.native.native_cache import KV_DTYPES
+from aios_kvcache.native.reference import round_as_stored
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_model.cache import ContiguousCache
 from aios_model.config import LayerSpec, ModelConfig
@@ -76,10 +78,12 @@ def naive_attention(spec: LayerSpec, rows: list, position: int) -> torch.Tensor:
 class Sequences:
     """Random sequences in a cache, stepped together and compared after each step."""
 
-    def __init__(self, specs: tuple[LayerSpec, ...], *, block_size: int, num_blocks: int, dtype=torch.float64) -> None:
-        self.cache = PagedKVCache(
-            config(*specs), num_blocks=num_blocks, block_size=block_size, dtype=dtype, device="cpu"
-        )
+    def __init__(
+        self, specs: tuple[LayerSpec, ...], *, block_size: int, num_blocks: int, dtype=torch.float64, kv_dtype=None
+    ) -> None:
+        options = {"dtype": dtype, "kv_dtype": kv_dtype, "device": "cpu"}
+        self.cache = PagedKVCache(config(*specs), num_blocks=num_blocks, block_size=block_size, **options)
+        self.kv_dtype = kv_dtype
         self.specs, self.block_size, self.dtype = specs, block_size, dtype
         self.generator = torch.Generator().manual_seed(0)
         self.histories: dict[str, History] = {}
@@ -104,11 +108,14 @@ class Sequences:
         outputs = []
         for index, spec in enumerate(self.specs):
             q, k, v = self.draw(spec, sum(lengths.values()))
-            rows = iter(zip(q, k, v, strict=True))
+            rows = iter(zip(q, self.as_stored(k), self.as_stored(v), strict=True))
             for name, n in lengths.items():
                 self.histories[name].rows[index].extend(next(rows) for _ in range(n))
             outputs.append(self.cache.attend(index, q, k, v))
         return outputs
+
+    def as_stored(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.kv_dtype is None else round_as_stored(x.float(), KV_DTYPES[self.kv_dtype]).to(x.dtype)
 
     def check_step(self, lengths: dict[str, int], *, tolerance: float = 1e-12) -> None:
         outputs = self.step(lengths)
@@ -126,11 +133,12 @@ def scattered(num_pages: int, *, first: int = 1, seed: int = 0) -> list[int]:
     return random.Random(seed).sample(range(first, first + num_pages), num_pages)
 
 
+@pytest.mark.parametrize("kv_dtype", [None, *KV_DTYPES], ids=str)
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_random_mixed_batches_equal_the_naive_oracle(block_size):
+def test_random_mixed_batches_equal_the_naive_oracle(block_size, kv_dtype):
     draw = random.Random(block_size)
     pages_each = -(-MAX_LENGTH // block_size)
-    sequences = Sequences(LAYERS, block_size=block_size, num_blocks=6 * pages_each)
+    sequences = Sequences(LAYERS, block_size=block_size, num_blocks=6 * pages_each, kv_dtype=kv_dtype)
     pages = scattered(6 * pages_each, seed=block_size)
     for index in range(6):
         table = sorted(pages[index * pages_each : (index + 1) * pages_each]) if index % 2 else None
@@ -157,9 +165,10 @@ def test_prompts_longer_than_a_query_block_equal_the_naive_oracle_at_its_borders
             torch.testing.assert_close(outputs[index][row], naive_attention(spec, history, 7 + row))
 
 
-def test_a_prompt_in_chunks_equals_the_prompt_in_one_piece():
+@pytest.mark.parametrize("kv_dtype", [None, *KV_DTYPES], ids=str)
+def test_a_prompt_in_chunks_equals_the_prompt_in_one_piece(kv_dtype):
     spec = layer()
-    whole, parts = (Sequences((spec,), block_size=4, num_blocks=20) for _ in range(2))
+    whole, parts = (Sequences((spec,), block_size=4, num_blocks=20, kv_dtype=kv_dtype) for _ in range(2))
     q, k, v = whole.draw(spec, 50)
     whole.cache.bind([SequenceSlice(start=0, length=50, block_table=scattered(20))])
     expected = whole.cache.attend(0, q, k, v)

@@ -12,7 +12,14 @@ from aios_kvcache.attention_plan import SequenceSlice
 from aios_kvcache.layout import LANES
 from aios_kvcache.native.kernels import kvcache_library
 from aios_kvcache.native.native_cache import KV_DTYPES, NativePagedKVCache
-from aios_kvcache.native.reference import SEGMENT, attend_codes, read_keys, read_values, round_as_stored
+from aios_kvcache.native.reference import (
+    SEGMENT,
+    attend_codes,
+    read_keys,
+    read_values,
+    round_as_stored,
+    round_to_fp8,
+)
 from aios_model.cache import causal_attention
 from aios_model.config import LayerSpec, ModelConfig
 from aios_model.native.compiler import find_compiler
@@ -22,6 +29,7 @@ from aios_model.native.threads import get_pool
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="there is no C++ compiler here")
 
 SCALE = 0.2
+NAN_CODE = 0x7F  # of FP8
 DTYPES = list(KV_DTYPES)
 TOLERANCE = 1e-5
 # A weight at a tie between two multiples of 1/65535 may go either way: a hundred units of rounding.
@@ -109,8 +117,12 @@ class Stage:
         cache = NativePagedKVCache(self.config, pool=get_pool(), library=self.library, **self.options)
         if self.leftovers != self.leftovers:
             for tensor in cache.layers[0].tensors:
-                tensor.fill_(self.leftovers if tensor.is_floating_point() else 86)
+                tensor.fill_(self.leftovers if tensor.is_floating_point() else NAN_CODE if self.is_fp8 else 86)
         return cache
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.dtype == torch.float8_e4m3fn
 
     def step(self, pieces: list[tuple[int, int, int]], cache: NativePagedKVCache | None = None) -> list[torch.Tensor]:
         """Feeds tokens [start, end) of the sequences with these indices in one batch; returns each one's rows."""
@@ -273,6 +285,52 @@ def test_pages_hold_what_the_layout_says(dtype, shape):
     assert not any(tensor[unused].any() for tensor in stage.cache.layers[0].tensors)
 
 
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+def test_fp8_rounds_every_number_to_the_nearest(isa):
+    if isa not in available_isas():
+        pytest.skip(f"this CPU has no {isa.name}")
+    stage = Stage((2, 2, 128), [400], dtype=torch.float8_e4m3fn, isa=isa)
+    [sequence] = stage.sequences
+    shape = sequence.k.shape
+    sequence.k = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32).view(torch.float32)  # NaN and infinity, too
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num()
+    halfway = (every + every.roll(1)) / 2
+    nudged = torch.nextafter(halfway, torch.randn(256))
+    cases = torch.cat([every, halfway, nudged, torch.tensor([448.1, 463.9, 464.0, 464.1, 1e38, torch.inf, torch.nan])])
+    sequence.v = torch.cat([cases, -cases, torch.randn(shape.numel() - 2 * len(cases)) * 0.01]).view(shape)
+    stage.whole()
+    stage.step([(0, 0, 400)])
+    layer = stage.cache.layers[0]
+    for read, x in ((read_keys, sequence.k), (read_values, sequence.v)):
+        stored = read(layer, sequence.table, 400)
+        expected = round_to_fp8(x).float()
+        assert stored[x.isfinite()].abs().max() <= 448
+        assert torch.equal(stored.isnan(), x.isnan())
+        assert torch.equal(stored.nan_to_num().view(torch.int32), expected.nan_to_num().view(torch.int32))
+
+
+@pytest.mark.parametrize("isa", ISAS, ids=lambda isa: isa.name)
+@pytest.mark.parametrize("num_new", [1, 3], ids=["decode", "chunk"])
+def test_fp8_reads_every_code_exactly(isa, num_new):
+    """A token that sees itself alone gets its own value."""
+    if isa not in available_isas():
+        pytest.skip(f"this CPU has no {isa.name}")
+    stage = Stage((2, 2, 128), [num_new], dtype=torch.float8_e4m3fn, isa=isa, window=1)
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    if num_new > 1:
+        codes = codes.nan_to_num()  # a tile multiplies what a row does not see with zero
+    stage.sequences[0].v = codes[torch.randperm(256)].view(1, 2, 128).repeat(num_new, 1, 1)
+    rows = stage.whole()
+    assert torch.equal(rows.isnan(), stage.sequences[0].v.isnan())
+    assert torch.equal(rows.nan_to_num(), stage.sequences[0].v.nan_to_num() + 0.0)
+
+
+def test_fp8_takes_what_is_too_large_as_the_largest():
+    stage = Stage((2, 2, 16), [1], dtype=torch.float8_e4m3fn)
+    stage.sequences[0].v = torch.tensor([1e6, -1e6, torch.inf, -torch.inf]).repeat(8).view(1, 2, 16)
+    assert torch.equal(stage.whole(), stage.sequences[0].v.clamp(-448, 448))
+
+
 def test_int8_counts_vanishing_heads_as_zero():
     stage = Stage((3, 1, 8), [5], dtype=torch.int8)
     stage.sequences[0].v[2] = 1e-38
@@ -287,7 +345,7 @@ def test_one_wrong_number_in_a_page_would_be_noticed(dtype):
     page, lane = stage.sequences[0].table[2], random.randrange(LANES)
     tensor = random.choice(stage.cache.layers[0].tensors[:2])
     head = tensor[page, 1].flatten()
-    head[lane] = head[lane] + (60 if dtype == torch.int8 else 3.0)
+    head[lane] = head[lane] + (60 if dtype.itemsize == 1 else 3.0)
     rows = stage.step([(0, 99, 100)])[0]
     with pytest.raises(AssertionError, match="not close"):
         stage.check(0, 99, rows)

@@ -216,7 +216,7 @@ def test_a_large_pool_costs_nothing_until_pages_are_written():
 def test_what_the_layout_cannot_hold_is_refused_with_the_reason():
     cases = [
         ({"block_size": 20}, [layer()], "multiple of 16"),
-        ({"kv_dtype": torch.float16}, [layer()], "float32, bfloat16, int8"),
+        ({"kv_dtype": torch.float16}, [layer()], "float32, bfloat16, int8, fp8"),
         ({"device": "meta"}, [layer()], "PagedKVCache"),
         ({}, [layer(head_dim=1026)], "1026"),
         ({}, [layer(), layer(kv_heads=4)], "layer 1 has 4 kv heads"),

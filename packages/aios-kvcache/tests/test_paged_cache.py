@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from aios_kvcache import PagedKVCache, PoolTooSmallError, SequenceSlice
+from aios_kvcache.block import BlockCopy
 from aios_kvcache.layout import KEY, NULL_BLOCK, VALUE, pool_shape, slot_of
+from aios_kvcache.native.native_cache import KV_DTYPES
+from aios_kvcache.native.reference import round_as_stored
+from aios_kvcache.sizing import torch_kv_bytes_per_token
+from aios_model.cache import causal_attention
 from aios_model.config import LayerSpec, ModelConfig
 
 MIB = 1 << 20
@@ -93,13 +98,60 @@ def test_a_pool_beyond_the_address_space_is_refused_with_its_size():
         PagedKVCache(config((8, 128)), num_blocks=1 << 40, block_size=16, dtype=torch.float32, device="cpu")
 
 
+@pytest.mark.parametrize("kv_dtype", list(KV_DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pages_keep_numbers_as_they_are_told_to(dtype, kv_dtype):
+    cache = PagedKVCache(config((2, 6)), num_blocks=3, block_size=4, dtype=dtype, kv_dtype=kv_dtype, device="cpu")
+    assert cache.num_bytes == 4 * 4 * torch_kv_bytes_per_token(config((2, 6)), KV_DTYPES[kv_dtype])
+    q, k, v = (torch.randn(5, heads, 6).to(dtype) for heads in (8, 2, 2))
+    v[2] *= 300
+    rows = []
+    for start, end in ((0, 1), (1, 4), (4, 5)):
+        cache.bind([SequenceSlice(start=start, length=end - start, block_table=[3, 1])])
+        rows.append(cache.attend(0, q[start:end], k[start:end], v[start:end]))
+    assert torch.cat(rows).dtype == dtype
+    stored = [round_as_stored(x.float(), KV_DTYPES[kv_dtype]).to(dtype).double().transpose(0, 1) for x in (k, v)]
+    expected = causal_attention(q.double(), *stored, scale=1.0, window=None)
+    tolerance = 8 * max(torch.finfo(dtype).eps, 1e-13) * float(expected.abs().max())
+    torch.testing.assert_close(torch.cat(rows).double(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_copied_pages_take_their_scales_along(kv_dtype):
+    cache = PagedKVCache(
+        config((2, 6)), num_blocks=3, block_size=4, dtype=torch.float32, kv_dtype=kv_dtype, device="cpu"
+    )
+    q, k, v = (torch.randn(4, heads, 6) for heads in (8, 2, 2))
+    cache.bind([SequenceSlice(start=0, length=4, block_table=[2])])
+    expected = cache.attend(0, q, k, v)[3:]
+    cache.copy_blocks([BlockCopy(source=2, destination=3)])
+    cache.bind([SequenceSlice(start=3, length=1, block_table=[3])])
+    assert torch.equal(cache.attend(0, q[3:], k[3:], v[3:]), expected)
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_key_that_is_no_number_spoils_what_sees_it(kv_dtype):
+    cache = PagedKVCache(
+        config((2, 6)), num_blocks=3, block_size=4, dtype=torch.float32, kv_dtype=kv_dtype, device="cpu"
+    )
+    q, k, v = (torch.randn(4, heads, 6) for heads in (8, 2, 2))
+    k[2, 1, 3] = float("nan")
+    cache.bind([SequenceSlice(start=0, length=4, block_table=[2])])
+    rows = cache.attend(0, q, k, v)
+    assert rows[2:, 4:].isnan().all()
+    assert rows[:, :4].isfinite().all()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_gives_the_results_of_the_cpu():
+@pytest.mark.parametrize("kv_dtype", list(KV_DTYPES), ids=str)
+def test_a_gpu_gives_the_results_of_the_cpu(kv_dtype):
     batches = [[(0, 300), (0, 1), (0, 7)], [(300, 1), (1, 1), (7, 300)]]
     tables = [list(range(1, 41)), list(range(80, 40, -1)), list(range(120, 80, -1))]
     caches = [
-        PagedKVCache(config((2, 64)), num_blocks=120, block_size=16, dtype=torch.float32, device=device)
+        PagedKVCache(
+            config((2, 64)), num_blocks=120, block_size=16, dtype=torch.float32, kv_dtype=kv_dtype, device=device
+        )
         for device in ("cpu", "cuda")
     ]
     for batch in batches:

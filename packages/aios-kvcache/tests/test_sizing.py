@@ -210,6 +210,7 @@ def test_native_pages_count_padding_and_scales():
     assert native_kv_bytes_per_token(config(), "float32") == 2 * BYTES_PER_TOKEN
     assert native_kv_bytes_per_token(config(), "bfloat16") == BYTES_PER_TOKEN
     assert native_kv_bytes_per_token(config(), "int8") == BYTES_PER_TOKEN // 2 + 2 * 4 * (3 + 1)
+    assert native_kv_bytes_per_token(config(), "fp8") == BYTES_PER_TOKEN // 2
     small = replace(config(), layers=(LayerSpec(num_key_value_heads=2, head_dim=10, window=None, scale=1.0),))
     assert native_kv_bytes_per_token(small, "bfloat16") == 2 * 2 * (10 + 16)
 

@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.page_mover import PageMover
 from aios_kvcache.paged_cache import PagedKVCache
+from aios_kvcache.swap import reads_disk
+from aios_kvcache.tier_sizing import TierPlan
+from aios_kvcache.tiers import PageTiers
 from aios_model.config import ModelConfig
 from aios_model.decoder import DecoderModel
 from aios_model.families import find_hf_family
@@ -28,6 +32,7 @@ from aios_sched.config import SchedulerConfig
 from aios_sched.engine import Engine
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
+from aios_sched.output import StepResult
 from aios_sched.policy.fcfs import FCFSQueue
 from aios_sched.request import Request
 from aios_sched.scheduler import Scheduler
@@ -100,14 +105,18 @@ def config_of(family: str, **fields) -> ModelConfig:
     return find_hf_family(raw).read_hf(raw)
 
 
-def build_decoder(config: ModelConfig, *transforms, dtype=torch.float64) -> DecoderModel:
+def build_decoder(config: ModelConfig, *transforms, dtype=torch.float64, on_loaded=None) -> DecoderModel:
     decoder = DecoderModel(config).eval()
     source, parameters = RandomSource(parameter_shapes(decoder)), parameter_slots(decoder)
     for transform in transforms:
         transform(decoder)
     options = {"file_format": "safetensors", "dtype": dtype, "device": torch.device("cpu")}
-    load_weights(decoder, source, parameters=parameters, **options)
+    load_weights(decoder, source, parameters=parameters, on_loaded=on_loaded, **options)
     return decoder
+
+
+def tier_plan(directory, *, host=3, disk=60) -> TierPlan:
+    return TierPlan(num_host_pages=host, num_disk_pages=disk, directory=str(directory), page_bytes=1)
 
 
 def build_cache(decoder: DecoderModel, num_blocks=NUM_BLOCKS) -> PagedKVCache:
@@ -119,7 +128,14 @@ class ThreadedRunner:
     """A StepRunner whose ranks are threads."""
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, *, expert_parallel=False, shard_embedding=False, num_blocks=NUM_BLOCKS
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        expert_parallel=False,
+        shard_embedding=False,
+        num_blocks=NUM_BLOCKS,
+        tiers: TierPlan | None = None,
     ) -> None:
         self.vocab_size = config.vocab_size
         tensor = [ThreadGroup(mesh.tensor, timeout=20).communicators() for _ in range(mesh.pipeline)]
@@ -128,20 +144,25 @@ class ThreadedRunner:
         self.runners: list[StageRunner] = []
         self.decoders: list[DecoderModel] = []
         self.groups = []
+        self.movers: list[PageMover] = []
         for rank in range(mesh.size):
             place = mesh.place(rank)
             group = tensor[place.stage][place.tensor_rank]
             transforms = [shard_model(group, expert_parallel=expert_parallel, shard_embedding=shard_embedding)]
             decoder = build_decoder(config, split_stages(place, stages), *transforms)
+            cache = build_cache(decoder, num_blocks)
+            mover = tiers and PageMover(cache.page_tensors, tiers)
+            self.movers += [mover] if mover else []
             runner = StageRunner(
                 decoder,
-                build_cache(decoder, num_blocks),
+                cache,
                 Sampler(vocab_size=config.vocab_size, device="cpu"),
                 place=place,
                 tensor_group=group,
                 pipeline_group=pipeline[place.tensor_rank][place.stage],
                 hidden_size=config.hidden_size,
                 dtype=decoder.dtype,
+                mover=mover,
             )
             self.runners.append(runner)
             self.decoders.append(decoder)
@@ -149,14 +170,22 @@ class ThreadedRunner:
 
     def execute(self, output):
         results = run_threads([lambda runner=runner: runner.execute(output) for runner in self.runners])
-        return next(result for result in results if result is not None)
+        parts = [result for result in results if result is not None]
+        lost_swaps = tuple(sorted({number for part in parts for number in part.lost_swaps}))
+        assert len(parts) == (len(self.runners) if reads_disk(output.swaps) else 1)
+        sampled = {request_id: token for part in parts for request_id, token in part.sampled.items()}
+        return StepResult(sampled=sampled, lost_swaps=lost_swaps)
+
+    def close(self):
+        for mover in self.movers:
+            mover.close()
 
 
-def build_engine(runner, *, num_blocks=NUM_BLOCKS, budget=16) -> Engine:
+def build_engine(runner, *, num_blocks=NUM_BLOCKS, budget=16, tiers: TierPlan | None = None) -> Engine:
     config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN)
-    return Engine(
-        Scheduler(config, BlockManager(num_blocks=num_blocks, block_size=4), FCFSQueue()), LocalExecutor(runner)
-    )
+    books = tiers and PageTiers(num_host_pages=tiers.num_host_pages, num_disk_pages=tiers.num_disk_pages)
+    pages = BlockManager(num_blocks=num_blocks, block_size=4, tiers=books)
+    return Engine(Scheduler(config, pages, FCFSQueue()), LocalExecutor(runner))
 
 
 def single_runner(config: ModelConfig, num_blocks=NUM_BLOCKS) -> ModelRunner:

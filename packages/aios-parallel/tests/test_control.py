@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from aios_kvcache.block import BlockCopy
+from aios_kvcache.swap import Swap
 from aios_model.errors import ConfigError
 from aios_model.sampling.errors import SamplingError
 from aios_model.sampling.params import SamplingParams
@@ -32,10 +33,11 @@ from aios_parallel.control.messages import (
     event_reader,
 )
 from aios_parallel.control.rank_loop import serve_rank
-from aios_parallel.control.step_codec import StepDecoder, StepEncoder, decode_result, encode_result
+from aios_parallel.control.step_codec import StepDecoder, StepEncoder, decode_results, encode_result
 from aios_parallel.errors import RankFailedError, WireError
 from aios_parallel.executor import GroupExecutor, StepError
 from aios_parallel.mesh import Mesh
+from aios_parallel.tracing.rank_tracer import RankTracer
 from aios_sched.output import ScheduledRequest, SchedulerOutput, StepResult
 
 OPENED: list[socket.socket] = []
@@ -58,6 +60,11 @@ def pair() -> tuple[Connection, Connection]:
     """The driver's end, and the rank's."""
     ours, theirs = sockets()
     return Connection(ours, event_reader()), Connection(theirs, command_reader())
+
+
+def receive_all(connection: Connection) -> None:
+    while True:
+        connection.receive()
 
 
 def eventually(holds) -> None:
@@ -147,6 +154,8 @@ def test_steps_arrive_as_they_were_planned() -> None:
             block_copies=(BlockCopy(source=1, destination=2),),
             num_scheduled_tokens=len(rows),
             finished_request_ids=tuple(finished),
+            swaps=(Swap("out", 3, step_id), Swap("load", step_id, 3)) if rng.random() < 0.5 else (),
+            first_swap=rng.randrange(2**40),
         )
         (message,) = command_reader().feed(encode_frame(encoder.encode(output)))
         assert decoder.decode(message) == output
@@ -180,7 +189,13 @@ def test_tokens_arrive_with_their_logprobs() -> None:
     result = StepResult(sampled={"a": SampledToken(token_id=3, logprobs=logprobs), "b": SampledToken(token_id=9)})
     (message,) = event_reader().feed(encode_frame(encode_result(4, result)))
     assert message.step_id == 4
-    assert decode_result(message) == result
+    assert decode_results([message]) == result
+
+
+def test_what_each_rank_lost_is_put_together() -> None:
+    parts = [StepResult(sampled={}, lost_swaps=(2**40, 3)), StepResult(sampled={}, lost_swaps=(3, 8))]
+    messages = [event_reader().feed(encode_frame(encode_result(4, part)))[0] for part in parts]
+    assert decode_results(messages) == StepResult(sampled={}, lost_swaps=(3, 8, 2**40))
 
 
 # -- joining -----------------------------------------------------------------------------------------------------------
@@ -292,9 +307,8 @@ def test_a_rank_that_refuses_while_loading_is_quoted(ranks) -> None:
     with pytest.raises(ConfigError, match="rank 1: 9 heads cannot be shared; use 9"):
         group.group.call("load", [{}, {}], lambda *_: None)
     eventually(lambda: group.ended == 1)
-    assert group.ranks[0].receive() == Call("load", {})
     with pytest.raises(ConnectionLostError):  # the others were let go
-        group.ranks[0].receive()
+        receive_all(group.ranks[0])
 
 
 def test_a_rank_that_leaves_ends_the_group(ranks) -> None:
@@ -365,6 +379,32 @@ def test_steps_return_in_their_order(ranks) -> None:
     assert [message.step_id for message in (group.ranks[0].receive(), group.ranks[0].receive())] == [0, 1]
 
 
+def test_a_step_that_reads_pages_from_disk_waits_for_what_every_rank_found(ranks) -> None:
+    group, run = executor(ranks, tensor=2, pipeline=2)
+    first = run.submit(step(0, swaps=(Swap("load", 1, 1), Swap("load", 2, 2)), first_swap=5))
+    second = run.submit(step(1, first_swap=7))
+    group.say(StepDone(0, [], []), 2)
+    group.say(StepDone(1, []), 2)
+    for rank, lost in ((0, [6]), (1, []), (3, [5])):
+        assert first.outcome is None
+        group.say(StepDone(0, [], lost), rank)
+    assert second.result() == StepResult(sampled={})
+    assert first.result() == StepResult(sampled={}, lost_swaps=(5, 6))
+
+
+def test_what_ranks_found_on_disk_is_ignored_once_their_step_failed(ranks) -> None:
+    group, run = executor(ranks, tensor=2)
+    failed = run.submit(step(0, swaps=(Swap("load", 1, 1),)))
+    group.say(StepFailed(0, "no token left", ["a"], 4), 0)
+    with pytest.raises(SamplingError):
+        failed.result()
+    group.say(StepDone(0, [], [0]), 1)
+    again = run.submit(step(1, swaps=(Swap("load", 1, 1),)))
+    for rank in (0, 1):
+        group.say(StepDone(1, [], [0]), rank)
+    assert again.result() == StepResult(sampled={}, lost_swaps=(0,))
+
+
 def test_a_sampling_error_ends_its_step_only(ranks) -> None:
     group, run = executor(ranks, tensor=2)
     handle = run.submit(step(0))
@@ -407,6 +447,9 @@ def test_a_rank_that_fails_alone_ends_the_group(ranks, others) -> None:
 class FakeRank:
     progress = 3
     num_exchanges = 0
+
+    def __init__(self) -> None:
+        self.tracer = RankTracer()
 
     def call(self, name, arguments, report):
         report(name, 0.25)

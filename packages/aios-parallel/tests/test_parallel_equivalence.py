@@ -45,8 +45,29 @@ def test_dealt_out_experts_give_the_tokens_of_one_device(tiny, expected, tensor,
     check(tiny, expected, "qwen3-moe", Mesh(tensor=tensor, pipeline=pipeline), expert_parallel=True)
 
 
-def test_cut_embedding_gives_the_tokens_of_one_device(tiny, expected) -> None:
-    check(tiny, expected, "llama-biases", Mesh(tensor=3), shard_embedding=True)
+@pytest.mark.parametrize(("tensor", "pipeline"), [(3, 1), (1, 2), (2, 3)], ids=str)
+def test_cut_embedding_gives_the_tokens_of_one_device(tiny, expected, tensor, pipeline) -> None:
+    check(tiny, expected, "llama-biases", Mesh(tensor=tensor, pipeline=pipeline), shard_embedding=True)
+
+
+@pytest.mark.parametrize("lossy", [False, True], ids=["sound", "lossy"])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 1), (1, 2), (2, 2)], ids=str)
+def test_pages_that_ranks_swap_give_the_tokens_of_one_device(tiny, expected, tensor, pipeline, lossy, tmp_path) -> None:
+    """Each rank keeps its part of a page; one of them may lose it, and then all compute it again."""
+    tiers = tiny("tier_plan")(tmp_path)
+    runner = tiny("ThreadedRunner")(tiny("config_of")("llama"), Mesh(tensor=tensor, pipeline=pipeline), tiers=tiers)
+    if lossy:
+        disk = runner.movers[-1]._disk
+        read = disk.read
+        disk.read = lambda slot, into: slot % 2 == 0 and read(slot, into)
+    engine = tiny("build_engine")(runner, tiers=tiers)
+    for _ in range(2):  # the second time prefixes are found in the tiers
+        assert tiny("tokens_of")(engine, tiny("requests")()) == expected("llama", tiny)
+    stats = engine.stats()
+    assert min(stats.num_swap_preemptions, stats.tier_cache_hits, stats.num_pages_fetched) > 0
+    assert (stats.num_pages_lost > 0) == lossy
+    assert stats.num_failed_steps == 0
+    engine._executor.shutdown()
 
 
 def test_ranks_exchange_what_the_plan_says(tiny) -> None:

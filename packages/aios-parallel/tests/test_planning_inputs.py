@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from aios_model.config_file import read_model_config
 from aios_model.errors import ConfigError
 from aios_model.weights.hub import resolve_model
+from aios_parallel.planning.advice import serve_command
 from aios_parallel.planning.collectives import CollectiveTimes, link_seconds, read_collectives, sent_bytes
 from aios_parallel.planning.devices import DEVICES, Link, find_device, find_link, find_network
+from aios_parallel.planning.hardware import Cluster
+from aios_parallel.planning.plans import find_plans
 from aios_parallel.planning.quantities import parse_bandwidth, parse_bytes, parse_flops, parse_seconds, show_bytes
 from aios_parallel.planning.request import HardwareRequest, choose_schemes, make_workload
 from aios_parallel.planning.weights import find_scheme
@@ -199,7 +205,6 @@ def test_schemes_that_cannot_be_planned_are_refused(tmp_path, name, changes, mes
         ({"context": 16, "prompt": 17}, r"--prompt 17 is longer than --context 16"),
         ({"batch": 0}, r"--batch is 0; it must be 1 or more"),
         ({"utilization": 1.5}, r"--device-memory-utilization is 1.5; it must be above 0, at most 1"),
-        ({"kv_cache_dtype": "int8"}, r"--kv-cache-dtype int8 takes the native kernels, .* on h100 .*bfloat16"),
     ],
 )
 def test_work_that_cannot_be_done_is_refused(tmp_path, changes, message):
@@ -214,6 +219,19 @@ def test_work_that_cannot_be_done_is_refused(tmp_path, changes, message):
     }
     with pytest.raises(ConfigError, match=message):
         make_workload(config, find_device("h100"), **(options | changes))
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_pages_of_fewer_bits_are_planned_for_and_asked_for(tmp_path, device):
+    _, config = model(tmp_path)
+    hardware = find_device("h100") if device == "h100" else replace(find_device("h100"), kind="cpu")
+    options = {"batch": 1, "context": 64, "prompt": None, "max_num_batched_tokens": None, "utilization": 0.9}
+    times = CollectiveTimes(links={"host": LINK, "network": LINK})
+    cluster = Cluster(device=hardware, num_devices=1, num_hosts=1, times=times)
+    for asked, told in (("auto", "bfloat16" if device == "cpu" else "auto"), ("int8", "int8"), ("fp8", "fp8")):
+        work = make_workload(config, hardware, kv_cache_dtype=asked, **options)
+        [plan] = find_plans(config, [find_scheme("none", config, hardware)], cluster, work)
+        assert f"--kv-cache-dtype {told} " in serve_command(plan, "m")
 
 
 def test_the_formula_of_a_link():
@@ -280,3 +298,29 @@ def test_planning_never_loads_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["recommended"]["fits"] is True
+
+
+def test_what_the_benchmark_writes_is_what_plans_read(tmp_path):
+    path = Path(__file__).parents[3] / "benchmarks" / "collectives.py"
+    spec = importlib.util.spec_from_file_location("collectives_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = benchmark  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(benchmark)
+    finally:
+        del sys.modules[spec.name]
+    names = [f"{kind} {by}" for kind in ("all-reduce", "gather", "one way") for by in ("shared", "gloo")]
+    figures = [
+        benchmark.Figure(operation=name, numel=numel, median=1e3 * numel * (1 + place), tenth=0, ninety_ninth=0)
+        for place, name in enumerate([*names, "all-reduce native", "all-reduce gloo's own"])
+        for numel in (512, 2048)
+    ]
+    (tmp_path / "times.json").write_text(json.dumps(benchmark.planning_times(figures, 3)))
+    read = read_collectives(tmp_path / "times.json", {"host": LINK, "network": LINK})
+    assert read.seconds("all_reduce", ranks=3, num_bytes=2048, where="host") == pytest.approx(512e-3)
+    assert read.seconds("all_reduce", ranks=3, num_bytes=2048, where="network") == pytest.approx(2 * 512e-3)
+    assert read.seconds("gather", ranks=3, num_bytes=3 * 8192, where="host") == pytest.approx(3 * 2048e-3)
+    assert read.seconds("send", ranks=2, num_bytes=8192, where="network") == pytest.approx(6 * 2048e-3)
+    assert "3 ranks" in read.name

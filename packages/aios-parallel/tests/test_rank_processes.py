@@ -21,9 +21,11 @@ import argparse, socket, time
 from aios_parallel.control.connection import Connection
 from aios_parallel.control.messages import command_reader
 from aios_parallel.control.rank_loop import serve_rank
+from aios_parallel.tracing.rank_tracer import RankTracer
 
 class Rank:
     progress = num_exchanges = 0
+    tracer = RankTracer()
     def call(self, name, arguments, report):
         if name == "sleep":
             time.sleep(60)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,6 +35,9 @@ def test_query_heads_are_held_once_beside_their_kv_heads(kv_heads, group, ranks)
                 if run.start is not None:
                     assert (run.start + i) // group == share.kv_heads[(place + i) // width]
             place += run.length
+    for share in shares:
+        for before, after in pairwise(share.queries.runs):
+            assert before.start is None or after.start is None, "neighbours are one run"
     if kv_heads % ranks == 0:
         assert not any(share.queries.has_zeros for share in shares)
         assert {len(share.kv_heads) for share in shares} == {kv_heads // ranks}

@@ -102,7 +102,7 @@ def test_quantised_decoder_computes_what_quantised_modules_compute(scheme, saved
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8, torch.float32], ids=str)
+@pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8, torch.float8_e4m3fn, torch.float32], ids=str)
 @torch.inference_mode()
 def test_rows_are_bitwise_the_same_in_any_batch_and_any_chunks_with_any_number_of_threads(
     scheme, kv_dtype, saved

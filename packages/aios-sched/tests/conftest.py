@@ -16,6 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.tier_costs import PREEMPTION_MODES, TierCosts, TransferSeconds
+from aios_kvcache.tiers import PageTiers
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import SampledToken
 from aios_sched.config import SchedulerConfig
@@ -56,18 +58,49 @@ class PageStoreRunner:
 
     vocab_size = VOCAB_SIZE
 
-    def __init__(self, block_size):
+    def __init__(self, block_size, *, losses=None, share=0.5):
         self.block_size = block_size
         self.slots = {}
+        self.host, self.disk, self.lost = {}, {}, set()
+        self.losses, self.share = losses, share  # a random generator, if the disk loses pages
+        self.num_moved = 0
         self.num_executed = 0
         self.forgotten = []
 
     def execute(self, output):
         self.num_executed += 1
         self.forgotten += output.finished_request_ids
+        self.move(output)
         self.copy_blocks(output.block_copies)
         self.write(output)
-        return StepResult(sampled={row.request_id: self.sample(row) for row in output.requests if row.sampling})
+        sampled = {row.request_id: self.sample(row) for row in output.requests if row.sampling}
+        numbers = range(output.first_swap, output.first_swap + len(output.swaps))
+        return StepResult(sampled=sampled, lost_swaps=tuple(number for number in numbers if number in self.lost))
+
+    def move(self, output, *, stop=None):
+        assert output.first_swap <= self.num_moved, "a step came before the one in front of it"
+        for number, swap in list(enumerate(output.swaps, start=output.first_swap))[:stop]:
+            if number < self.num_moved:
+                continue
+            self.num_moved = number + 1
+            if swap.kind == "out":
+                self.host[swap.target] = self.page(swap.source)
+            elif swap.kind == "in":
+                self.fill(swap.target, self.host[swap.source])
+            elif swap.kind == "demote":
+                self.disk[swap.target] = self.host[swap.source]
+            elif self.losses is not None and self.losses.random() < self.share:
+                self.lost.add(number)
+                self.fill(swap.target, [-1] * self.block_size)
+            else:
+                self.fill(swap.target, self.disk[swap.source])
+
+    def page(self, block_id):
+        return [self.slots.get(block_id * self.block_size + offset) for offset in range(self.block_size)]
+
+    def fill(self, block_id, tokens):
+        for offset, token in enumerate(tokens):
+            self.slots[block_id * self.block_size + offset] = token
 
     def copy_blocks(self, copies):
         size = self.block_size
@@ -173,7 +206,19 @@ class Workload:
             block_size=self.block_size,
             enable_prefix_caching=self.random.random() < 0.8,
             hash_function=(lambda key: zlib.crc32(repr(key).encode()) % 7) if few else hash,
+            tiers=self._tiers(),
         )
+
+    def _tiers(self):
+        rng = self.random
+        if rng.random() < 0.4:
+            return None
+        transfers = TransferSeconds(page_out=1.0, page_in=1.0, disk_read=rng.choice([1.0, 1000.0]))
+        costs = TierCosts(transfers, mode=rng.choice(PREEMPTION_MODES), block_size=self.block_size)
+        if rng.random() < 0.5:
+            costs.note_prefill(1, rng.choice([0.1, 0.5, 2.0]))  # so that some things are worth moving, and some not
+        num_host = rng.choice([1, 1, 2, self.num_blocks])
+        return PageTiers(num_host_pages=num_host, num_disk_pages=rng.choice([0, 3, 50, 50]), costs=costs)
 
     def request(self):
         rng = self.random
@@ -225,7 +270,8 @@ class Driver:
         policy = make_policy(workload.policy_name, block_manager=self.block_manager)
         self.scheduler = scheduler_class(workload.config, self.block_manager, policy)
         self.scheduler._planner.__class__ = planner_class
-        self.runner = PageStoreRunner(workload.block_size)
+        losses = random.Random(seed) if self.random.random() < 0.7 else None
+        self.runner = PageStoreRunner(workload.block_size, losses=losses)
         self.max_steps_in_flight = self.random.choice([1, 2, 3, 4])
         self.eager = self.random.random() < 0.5  # steps run when they are submitted, not when their result is taken
         self.busy = self.random.random() < 0.5  # like an engine: the next step leaves as soon as one returns
@@ -286,9 +332,13 @@ class Driver:
         """The oldest step fails, so all behind it are undone; some ran already, some half, some not at all."""
         while self.in_flight:
             output, result = self.in_flight.pop()
-            if result is None and self.random.random() < 0.3:
-                self.runner.copy_blocks(output.block_copies)
-                self.runner.write(output)
+            in_order = output.first_swap <= self.runner.num_moved  # else a runner refuses the step
+            if result is None and in_order and self.random.random() < 0.3:
+                num_swaps = self.random.choice([0, len(output.swaps) // 2, len(output.swaps)])
+                self.runner.move(output, stop=num_swaps)
+                if num_swaps == len(output.swaps):
+                    self.runner.copy_blocks(output.block_copies)
+                    self.runner.write(output)
             self.scheduler.rollback(output)
 
     def drain(self):
@@ -344,6 +394,10 @@ class Driver:
 
     def check_end(self):
         assert self.block_manager.num_free_blocks == self.block_manager.num_blocks, "pages leaked"
+        if self.block_manager.tiers is not None:
+            tiers = self.block_manager.tiers
+            assert not tiers._saved, "pages of requests that are over are still kept"
+            assert not any(page.num_pins for page in (*tiers.host, *tiers.disk)), "a page is pinned for ever"
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert self.ended.keys() == self.requests.keys()
         for request_id, request in self.requests.items():

@@ -234,10 +234,10 @@ def test_request_that_cannot_be_planned_fails_alone(build, lab, monkeypatch):
     pages = engine._scheduler.block_manager
     open_ = pages.open
 
-    def broken(sequence_id, token_ids, *, salt=""):
+    def broken(sequence_id, token_ids, **options):
         if sequence_id == "b":
             raise TypeError("unhashable")
-        return open_(sequence_id, token_ids, salt=salt)
+        return open_(sequence_id, token_ids, **options)
 
     monkeypatch.setattr(pages, "open", broken)
     requests = add_some(engine, lab)

@@ -7,6 +7,7 @@ bookkeeping.
 
 from __future__ import annotations
 
+import os
 import random
 from types import SimpleNamespace
 
@@ -15,7 +16,10 @@ import torch
 from safetensors.torch import save_file
 
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.page_mover import PageMover
 from aios_kvcache.paged_cache import PagedKVCache
+from aios_kvcache.tier_sizing import TierPlan
+from aios_kvcache.tiers import PageTiers
 from aios_model.decoder import DecoderModel
 from aios_model.families import find_hf_family
 from aios_model.generate import generate_tokens
@@ -87,17 +91,24 @@ def build_engine(
     max_num_batched_tokens=64,
     enable_prefix_caching=True,
     executor=LocalExecutor,
+    tiers=None,
     **options,
 ):
     decoder = model.decoder
     config = SchedulerConfig(
         max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens, max_model_len=MAX_MODEL_LEN, **options
     )
-    pages = BlockManager(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching)
+    pages = BlockManager(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        enable_prefix_caching=enable_prefix_caching,
+        tiers=tiers and PageTiers(num_host_pages=tiers.num_host_pages, num_disk_pages=tiers.num_disk_pages),
+    )
     cache = PagedKVCache(
         model.config, num_blocks=num_blocks, block_size=block_size, dtype=decoder.dtype, device=decoder.device
     )
-    runner = ModelRunner(decoder, cache, Sampler(vocab_size=VOCAB_SIZE, device=decoder.device))
+    mover = tiers and PageMover(cache.page_tensors, tiers)
+    runner = ModelRunner(decoder, cache, Sampler(vocab_size=VOCAB_SIZE, device=decoder.device), mover=mover)
     return Engine(Scheduler(config, pages, FCFSQueue()), executor(runner))
 
 
@@ -206,6 +217,69 @@ def test_preempted(model, expected, enable_prefix_caching):
     )
     check(run(engine, all_requests()), expected)
     assert engine.stats().num_preemptions > 2
+
+
+def tier_plan(tmp_path, *, host, disk):
+    return TierPlan(num_host_pages=host, num_disk_pages=disk, directory=str(tmp_path), page_bytes=1)
+
+
+@pytest.mark.parametrize(("host", "disk"), [(3, 0), (40, 0), (2, 60)])
+@pytest.mark.parametrize("enable_prefix_caching", [True, False])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_swapped(model, expected, enable_prefix_caching, host, disk, steps, tmp_path, lab):
+    """Preempted requests get their pages back from host memory and disk, not by computing them again."""
+    engine = build_engine(
+        model,
+        num_blocks=16,
+        watermark=0,
+        enable_prefix_caching=enable_prefix_caching,
+        max_num_batched_tokens=9,
+        tiers=tier_plan(tmp_path, host=host, disk=disk),
+        executor=lambda runner: lab.DelayedExecutor(runner, max_steps_in_flight=steps),
+    )
+    check(run(engine, all_requests()), expected)
+    stats = engine.stats()
+    assert stats.num_preemptions > 2
+    if host + disk > 3:  # else there is room for few pages, or for none of a sequence whose pages are all private
+        assert stats.num_swap_preemptions > 0
+        assert stats.num_pages_fetched > 0
+        assert stats.tier_cache_hits > 0 or not enable_prefix_caching
+    assert stats.num_pages_lost == 0
+    engine._executor._runner.close()
+
+
+def test_pages_evicted_from_the_pool_are_found_below_it(model, expected, tmp_path):
+    engine = build_engine(model, num_blocks=20, tiers=tier_plan(tmp_path, host=4, disk=150))
+    check(run(engine, all_requests("cold ")), expected, prefix="cold ")
+    check(run(engine, all_requests("warm ")), expected, prefix="warm ")
+    pages = engine._scheduler.block_manager
+    assert pages.stats.disk_hits > 40
+    assert engine.stats().tier_cache_hits == pages.stats.host_hits + pages.stats.disk_hits <= pages.stats.hits
+    engine._executor.shutdown()
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "full"])
+def test_lost_pages_are_computed_again_and_nothing_else_happens(model, expected, harm, tmp_path, monkeypatch, caplog):
+    engine = build_engine(model, num_blocks=20, tiers=tier_plan(tmp_path, host=4, disk=150))
+    disk = engine._executor._runner._mover._disk
+    if harm == "full":
+        monkeypatch.setattr(disk._file, "fileno", lambda: -1)  # nothing can be written, and nothing read
+    check(run(engine, all_requests("cold ")), expected, prefix="cold ")
+    for slot in range(disk.num_slots):
+        disk.wait(slot)
+    if harm == "flip":
+        size, file = disk.page_bytes, disk._file.fileno()
+        for slot in range(0, disk.num_slots, 2):
+            place = slot * size + random.randrange(size)
+            os.pwrite(file, bytes([os.pread(file, 1, place)[0] ^ 1]), place)
+    elif harm == "cut":
+        os.truncate(disk._file.fileno(), disk.page_bytes)
+    check(run(engine, all_requests("warm ")), expected, prefix="warm ")
+    assert engine.stats().num_pages_lost > 0
+    assert engine.stats().num_failed_steps == 0
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    monkeypatch.undo()
+    engine._executor.shutdown()
 
 
 def test_several_steps_in_flight(model, expected, lab):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aios_kvcache.block_manager import BlockManager
+from aios_sched.output import StepResult
 from aios_sched.planner import StepPlanner
 from aios_sched.request import RequestStatus
 from aios_sched.scheduler import Scheduler
@@ -26,6 +27,11 @@ def test_the_driver_reaches_what_it_claims_to_test(lab):
     assert sum(driver.scheduler.num_preemptions for driver in drivers) > 100
     assert sum(driver.block_manager.stats.hits for driver in drivers) > 500
     assert sum(driver.block_manager.stats.evictions for driver in drivers) > 500
+    tiers = [driver.block_manager.tiers.stats for driver in drivers if driver.block_manager.tiers]
+    assert sum(stats.num_saves for stats in tiers) > 30
+    assert sum(stats.num_fetched for stats in tiers) > 100
+    assert sum(stats.num_demoted for stats in tiers) > 200
+    assert sum(stats.num_lost for stats in tiers) > 10
     assert sum(driver.max_steps_in_flight > 1 for driver in drivers) > 10
     reasons = [ended[0] for driver in drivers for ended in driver.ended.values()]
     assert min(map(reasons.count, ("stop", "length", "abort"))) > 50
@@ -68,9 +74,30 @@ class LeaksPagesOfAborted(Scheduler):
         return super().abort(request_ids, **options)
 
 
+class OverlooksLostPages(Scheduler):
+    def update(self, output, result):
+        return super().update(output, StepResult(sampled=result.sampled))
+
+
+class KeepsSavedPagesOfTheDead(Scheduler):
+    def _forget(self, request):
+        self.block_manager.forget_saved = lambda request_id: None
+        super()._forget(request)
+
+
+class SendsMovesUnderNewNumbers(Scheduler):
+    def rollback(self, output):
+        if (tiers := self.block_manager.tiers) is not None:
+            tiers.rollback = lambda first, swaps, *, has_copies: tiers._swaps.__setitem__(slice(0, 0), swaps)
+        super().rollback(output)
+
+
 @pytest.mark.parametrize(
     ("bug", "symptom"),
     [
+        (OverlooksLostPages, "differs from itself alone"),
+        (KeepsSavedPagesOfTheDead, "are still kept"),
+        (SendsMovesUnderNewNumbers, "differs from itself alone|came before|nobody wrote"),
         (FreesPagesInFlight, "no sequence '.*' is open|pages in flight were taken away"),
         (PublishesBeforeItIsComputed, "pages in flight were taken away|differs from itself alone"),
         (ForgetsToRollBack, "nothing can run|differs from itself alone"),
@@ -158,10 +185,10 @@ class ReservesOneSlotLess(BlockManager):
 
 
 class TakesAHashForAProof(BlockManager):
-    def open(self, sequence_id, token_ids, *, salt=""):
+    def open(self, sequence_id, token_ids, **options):
         cache = self._cache
-        cache.find = lambda parent, tokens, salt: cache._blocks.get(cache._hash(parent, tokens, salt))
-        return super().open(sequence_id, token_ids, salt=salt)
+        cache.find = lambda parent, tokens, salt: cache._blocks.get(cache.hash_of(parent, tokens, salt))
+        return super().open(sequence_id, token_ids, **options)
 
 
 @pytest.mark.parametrize(

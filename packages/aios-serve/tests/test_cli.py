@@ -112,6 +112,11 @@ def test_every_flag_arrives(run, tmp_path):
     assert level == "warning"
 
 
+def test_weights_can_be_offloaded(run):
+    assert run("--cpu-offload-gb", "2.5")[0].cpu_offload_gb == 2.5
+    assert run()[0].cpu_offload_gb == 0
+
+
 def test_number_of_pages_can_be_given(run):
     assert run("--num-gpu-blocks-override", "50")[0].num_gpu_blocks_override == 50
 
@@ -144,6 +149,7 @@ def test_key_can_come_from_the_environment(run, monkeypatch):
         (["--block-size", "-1"], ["--block-size=-1"]),
         (["--threads", "0"], ["--threads=0"]),
         (["--seed", "-1"], ["--seed=-1"]),
+        (["--cpu-offload-gb", "1", "--device", "cpu"], ["--cpu-offload-gb=1.0", "in host memory already"]),
         (["--gpu-memory-utilization", "90"], ["--device-memory-utilization=90", "0.9"]),
         (["--kv-cache-memory-bytes", "lots"], ["--kv-cache-memory-bytes='lots'", "4GiB"]),
         (["--kv-cache-memory-bytes", "1g", "--num-gpu-blocks-override", "5"], ["--num-gpu-blocks-override"]),

@@ -24,6 +24,7 @@ from aios_serve.config import EngineConfig, parse_count
         ({"dtype": "int8"}, ["dtype='int8'", "bfloat16"]),
         ({"device": "tpu"}, ["device='tpu'", "cuda"]),
         ({"load_format": "pickle"}, ["load_format='pickle'", "safetensors"]),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ["kv_cache_dtype='fp8_e5m2'", "int8, fp8"]),
         ({"kv_cache_policy": "swap"}, ["kv_cache_policy='swap'", "contiguous"]),
         ({"device_memory_utilization": 1.5}, ["device_memory_utilization=1.5", "0.9"]),
         ({"device_memory_utilization": float("nan")}, ["device_memory_utilization=nan"]),
@@ -34,6 +35,9 @@ from aios_serve.config import EngineConfig, parse_count
         ({"pipeline_parallel": 0}, ["pipeline_parallel=0", "at least 1"]),
         ({"expert_parallel": True}, ["expert_parallel=True", "2 or more"]),
         ({"max_engine_restarts": -1}, ["max_engine_restarts=-1"]),
+        ({"cpu_offload_gb": -1.0}, ["cpu_offload_gb=-1.0", "from 0"]),
+        ({"cpu_offload_gb": float("nan")}, ["cpu_offload_gb=nan"]),
+        ({"cpu_offload_gb": 1.5, "device": "cpu"}, ["cpu_offload_gb=1.5", "in host memory already"]),
         ({"data_parallel": 0}, ["data_parallel=0"]),
         ({"data_parallel": 2, "engine_process": False}, ["data_parallel=2", "engine_process"]),
         ({"data_parallel_routing": "random"}, ["data_parallel_routing='random'", "prefix-affinity"]),
@@ -58,6 +62,7 @@ def test_aliases_and_paths_are_brought_to_one_form():
         served_model_name="one",
         quantization=None,
         generation_config="vllm",
+        kv_cache_dtype="fp8_e4m3",
         device_memory_utilization=1,
     )
     assert config.model == str(Path("a/b"))
@@ -69,6 +74,7 @@ def test_aliases_and_paths_are_brought_to_one_form():
         served_model_name=("one",),
         quantization="none",
         generation_config="none",
+        kv_cache_dtype="fp8",
         device_memory_utilization=1.0,
     )
 

@@ -6,6 +6,8 @@ import asyncio
 import io
 import logging
 import shlex
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -62,6 +64,17 @@ async def test_report_marks_what_was_chosen_automatically(engine):
     assert "from org/model at main" in lines
     assert "float32 on cpu (auto), 2 threads\n" in lines
     assert "needs an API key" in lines
+
+
+async def test_report_says_what_is_offloaded(engine):
+    assert "offload" not in "\n".join(ready_lines(engine, ADDRESS, needs_key=False))
+    engine.config = type(engine.config)(cpu_offload_gb=1.5)
+    built = replace(engine.info, num_offloaded_bytes=1_700_000_000, num_staging_bytes=100_000_000)
+    report = SimpleNamespace(
+        info=built, config=engine.config, model_names=("m",), model_name="m", tokenizer=engine.tokenizer
+    )
+    lines = "\n".join(ready_lines(report, ADDRESS, needs_key=False))
+    assert "offload   1,700 MB of them in host memory (--cpu-offload-gb 1.5), through 100 MB of buffers" in lines
 
 
 async def test_report_names_replicas(engine):

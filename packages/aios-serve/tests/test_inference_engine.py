@@ -287,6 +287,23 @@ def test_the_engine_describes_what_was_built(tiny_model):
     )  # pages x tokens x layers x (K, V) x heads x size x bytes
 
 
+@pytest.mark.parametrize(
+    ("asked", "kept", "head_bytes"),
+    [("float32", "float32", 32), ("bfloat16", "bfloat16", 16), ("int8", "int8", 12), ("fp8_e4m3", "fp8", 8)],
+)
+def test_torch_attends_over_pages_of_any_type_with_the_same_tokens_however_they_are_cut(
+    tiny_model, asked, kept, head_bytes
+):
+    answers = []
+    for options in ({}, {"max_num_batched_tokens": 7, "max_batch_size": 4, "block_size": 5}):
+        with InferenceEngine(**tiny_model, kv_cache_dtype=asked, max_model_len=96, **options) as engine:
+            info = engine.info
+            assert info.kv_dtype == kept
+            assert info.num_kv_bytes == (1 + info.num_blocks) * info.block_size * 2 * 2 * 2 * head_bytes
+            answers.append([output.outputs[0].token_ids for output in engine.generate(PROMPTS, GREEDY)])
+    assert answers[0] == answers[1]
+
+
 def test_a_model_or_a_pool_that_does_not_fit_is_refused_with_the_numbers(tiny_model, tmp_path):
     with pytest.raises(AiosError, match="max_model_len"):
         InferenceEngine(**tiny_model, max_model_len=256, num_gpu_blocks_override=2)

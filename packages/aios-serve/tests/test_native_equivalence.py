@@ -24,6 +24,7 @@ BACKENDS = {
     "as stored": {},
     "int8": {"quantization": "int8"},
     "int4, int8 pages": {"quantization": "int4", "kv_cache_dtype": "int8"},
+    "fp8 pages": {"kv_cache_dtype": "fp8"},
     "bfloat16": {"dtype": "bfloat16", "quantization": "none"},
 }
 

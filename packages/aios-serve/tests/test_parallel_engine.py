@@ -121,6 +121,13 @@ def test_experts_on_ranks_give_the_tokens_of_one_device(tmp_path, options) -> No
         wanted = [output.outputs[0].token_ids for output in engine.generate(prompts, params)]
     with build(**given, tensor_parallel=2, **options) as engine:
         assert [output.outputs[0].token_ids for output in engine.generate(prompts, params)] == wanted
+        load = engine.expert_load()
+    # Layers 0 and 2 have six experts, three for each token; the last token of an answer is never computed.
+    num_tokens = sum(map(len, prompts)) + len(prompts) * (12 - 1)
+    counted = {layer: (len(tokens), sum(tokens)) for layer, tokens in load.tokens.items()}
+    assert counted == {0: (6, 3 * num_tokens), 2: (6, 3 * num_tokens)}
+    assert sum(load.by_rank(2)) == 2 * 3 * num_tokens
+    assert 1.0 <= load.imbalance(2) <= 2.0
 
 
 def test_the_courses_own_call() -> None:

@@ -6,8 +6,11 @@ Bookkeeping (no torch):
     `PrefixCacheStats`  what prefix caching saved
     `PoolPlan`, `plan_pool`, `available_memory`, `device_budget`, `native_kv_bytes_per_token`
                         how many pages there is room for
+    `PageTiers`, `TierCosts`, `TransferSeconds`, `Swap`, `TierPlan`, `plan_tiers`
+                        host memory and disk below the pool: what is kept there, and what is worth moving
 Numbers (torch):
     `PagedKVCache`      the pages, filling the socket `aios_model.KVCache`
+    `PageMover`         moves pages between pool, host memory and disk
     `SequenceSlice`     one sequence's share of a step
     `aios_kvcache.native`   the same in C++: `NativePagedKVCache`
 Errors:
@@ -24,25 +27,37 @@ if TYPE_CHECKING:
     from aios_kvcache.block import BlockCopy
     from aios_kvcache.block_manager import BlockManager
     from aios_kvcache.errors import DuplicateSequenceError, PoolTooSmallError, SequenceError, UnknownSequenceError
+    from aios_kvcache.page_mover import PageMover
     from aios_kvcache.paged_cache import PagedKVCache
     from aios_kvcache.prefix_cache import PrefixCacheStats
     from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, native_kv_bytes_per_token, plan_pool
+    from aios_kvcache.swap import Swap
+    from aios_kvcache.tier_costs import TierCosts, TransferSeconds
+    from aios_kvcache.tier_sizing import TierPlan, plan_tiers
+    from aios_kvcache.tiers import PageTiers
 
 __all__ = [
     "BlockCopy",
     "BlockManager",
     "DuplicateSequenceError",
+    "PageMover",
+    "PageTiers",
     "PagedKVCache",
     "PoolPlan",
     "PoolTooSmallError",
     "PrefixCacheStats",
     "SequenceError",
     "SequenceSlice",
+    "Swap",
+    "TierCosts",
+    "TierPlan",
+    "TransferSeconds",
     "UnknownSequenceError",
     "available_memory",
     "device_budget",
     "native_kv_bytes_per_token",
     "plan_pool",
+    "plan_tiers",
 ]
 
 _HOMES = {
@@ -50,9 +65,14 @@ _HOMES = {
     "block": ("BlockCopy",),
     "block_manager": ("BlockManager",),
     "errors": ("DuplicateSequenceError", "PoolTooSmallError", "SequenceError", "UnknownSequenceError"),
+    "page_mover": ("PageMover",),
     "paged_cache": ("PagedKVCache",),
     "prefix_cache": ("PrefixCacheStats",),
     "sizing": ("PoolPlan", "available_memory", "device_budget", "native_kv_bytes_per_token", "plan_pool"),
+    "swap": ("Swap",),
+    "tier_costs": ("TierCosts", "TransferSeconds"),
+    "tier_sizing": ("TierPlan", "plan_tiers"),
+    "tiers": ("PageTiers",),
 }
 _MODULE_OF = {name: f"{__name__}.{module}" for module, names in _HOMES.items() for name in names}
 

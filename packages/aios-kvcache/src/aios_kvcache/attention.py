@@ -16,7 +16,7 @@ masked was decided once per step: see `attention_plan.py`. A kernel that reads p
 16 decodes at 512 tokens of context (2 cores, 3 kv heads of 64), gathering is a quarter of the time.
 
 Letters of shapes: T packed tokens of all sequences, B sequences, S keys, N query heads, K kv heads, G = N / K,
-H head size, P slots of the pool.
+H head size, P slots of the pool, R what a head takes there (H, but for int8: see `stored_heads.py`).
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from aios_kvcache.attention_plan import AttentionPlan, DecodeGroup, PrefillChunk, Slots
+from aios_kvcache.stored_heads import StoredHeads
 
 
 def paged_attention(
-    q_TNH: Tensor, keys_PKH: Tensor, values_PKH: Tensor, plan: AttentionPlan, *, scale: float, buffers: GatherBuffers
+    q_TNH: Tensor, keys_PKR: Tensor, values_PKR: Tensor, plan: AttentionPlan, *, scale: float, buffers: GatherBuffers
 ) -> Tensor:
     """Attends from T queries over what the pools hold; their own keys and values must have been written before.
 
     Args:
-        q_TNH: Queries, in the dtype of the pools.
-        keys_PKH: One layer's keys, slot by slot.
-        values_PKH: One layer's values, slot by slot.
+        q_TNH: Queries, in the dtype in which `buffers` reads the pools.
+        keys_PKR: One layer's keys, slot by slot.
+        values_PKR: One layer's values, slot by slot.
         plan: Which query sees which slot.
         scale: Multiplies the products before the softmax.
         buffers: Working memory.
@@ -46,14 +47,14 @@ def paged_attention(
     """
     if len(plan.decode_groups) == 1 and not plan.prefill_chunks:  # the usual step of few sequences
         [group] = plan.decode_groups
-        k, v = buffers.read(keys_PKH, values_PKH, group.slots)
+        k, v = buffers.read(keys_PKR, values_PKR, group.slots)
         return _attend_decodes(q_TNH, k, v, group, scale=scale)
     out_TNH = q_TNH.new_empty(q_TNH.shape)
     for group in plan.decode_groups:
-        k, v = buffers.read(keys_PKH, values_PKH, group.slots)
+        k, v = buffers.read(keys_PKR, values_PKR, group.slots)
         out_TNH[group.rows] = _attend_decodes(q_TNH[group.rows], k, v, group, scale=scale)
     for chunk in plan.prefill_chunks:
-        k, v = buffers.read(keys_PKH, values_PKH, chunk.slots)
+        k, v = buffers.read(keys_PKR, values_PKR, chunk.slots)
         _attend_chunk(q_TNH, k, v, chunk, scale=scale, out_TNH=out_TNH)
     return out_TNH
 
@@ -98,26 +99,31 @@ class GatherBuffers:
     Measured for 8,192 keys of 8 heads of 128 in float32: 1.6 ms into a kept buffer, 12 ms into a new one.
 
     Args:
-        dtype: Of the pools.
+        heads: How the pools keep them.
         device: Of the pools.
     """
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._keys = torch.empty(0, dtype=dtype, device=device)
-        self._values = torch.empty(0, dtype=dtype, device=device)
+    def __init__(self, *, heads: StoredHeads, device: torch.device) -> None:
+        self._heads = heads
+        self._keys = torch.empty(0, dtype=heads.dtype, device=device)
+        self._values = torch.empty(0, dtype=heads.dtype, device=device)
 
-    def read(self, keys_PKH: Tensor, values_PKH: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-        """Keys and values at `slots`, [S, K, H] each; valid until the next call."""
+    def read(self, keys_PKR: Tensor, values_PKR: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Keys and values at `slots`, [S, K, H] each, as attention takes them; valid until the next call."""
+        stored_SKR = self._gather(keys_PKR, values_PKR, slots)
+        return self._heads.read(stored_SKR[0]), self._heads.read(stored_SKR[1])
+
+    def _gather(self, keys_PKR: Tensor, values_PKR: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
         if isinstance(slots, slice):
-            return keys_PKH[slots], values_PKH[slots]
-        needed = slots.numel() * keys_PKH[0].numel()
+            return keys_PKR[slots], values_PKR[slots]
+        needed = slots.numel() * keys_PKR[0].numel()
         if needed > self._keys.numel():
             with torch.inference_mode(False):  # or it could not be written outside of inference mode
                 self._keys, self._values = self._keys.new_empty(needed), self._values.new_empty(needed)
-        return _gather(keys_PKH, slots, self._keys[:needed]), _gather(values_PKH, slots, self._values[:needed])
+        return _gather(keys_PKR, slots, self._keys[:needed]), _gather(values_PKR, slots, self._values[:needed])
 
 
-def _gather(pool_PKH: Tensor, slots_S: Tensor, buffer: Tensor) -> Tensor:
+def _gather(pool_PKR: Tensor, slots_S: Tensor, buffer: Tensor) -> Tensor:
     out = buffer.view(slots_S.numel(), -1)
-    torch.index_select(pool_PKH.flatten(1), 0, slots_S, out=out)
-    return out.unflatten(1, pool_PKH.shape[1:])
+    torch.index_select(pool_PKR.flatten(1), 0, slots_S, out=out)
+    return out.unflatten(1, pool_PKR.shape[1:])

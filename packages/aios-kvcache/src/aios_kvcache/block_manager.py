@@ -10,9 +10,11 @@ A sequence's life:
     reserve   room for the tokens of the next step, all or nothing
     publish   pages that the step filled can be found by others
     truncate  the newest tokens are dropped again (speculation that failed)
+    save      pages that no cache knows go to a tier below the pool, if there is one
     free      the pages go back
 
-The scheduler is its only caller, from one thread; nothing here is locked.
+With tiers below the pool (`tiers.py`), pages that are evicted move there, `open` finds them there, and `reserve` plans
+their way back. The scheduler is its only caller, from one thread; nothing here is locked.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from aios_kvcache.block import Block, BlockCopy, FreeQueue, PageContent
 from aios_kvcache.errors import DuplicateSequenceError, SequenceError, UnknownSequenceError
 from aios_kvcache.layout import FIRST_BLOCK, num_blocks_for
 from aios_kvcache.prefix_cache import PageHash, PrefixCache, PrefixCacheStats
+from aios_kvcache.swap import Swap
+from aios_kvcache.tiers import PageTiers, StoredPage
 from aios_model.errors import ConfigError
 
 __all__ = ["BlockCopy", "BlockManager", "PrefixCacheStats"]
@@ -37,6 +41,7 @@ class BlockManager:
         block_size: Tokens per page.
         enable_prefix_caching: Whether published pages are found by later sequences.
         hash_function: Files published pages; see `prefix_cache.py`.
+        tiers: Where pages go that are evicted; None forgets them.
 
     Raises:
         ConfigError: A size is below one.
@@ -49,6 +54,7 @@ class BlockManager:
         block_size: int = 16,
         enable_prefix_caching: bool = True,
         hash_function: PageHash = hash,
+        tiers: PageTiers | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"num_blocks and block_size must be positive, got {num_blocks} and {block_size}")
@@ -56,6 +62,7 @@ class BlockManager:
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
         self.stats = PrefixCacheStats()
+        self.tiers = tiers
         self._blocks = [Block(block_id) for block_id in range(FIRST_BLOCK + num_blocks)]
         self._free_queue = FreeQueue(self._blocks[FIRST_BLOCK:])
         self._cache = PrefixCache(hash_function)
@@ -101,8 +108,11 @@ class BlockManager:
 
     # -- A sequence's life -----------------------------------------------------------------------
 
-    def open(self, sequence_id: str, token_ids: Sequence[int], *, salt: str = "") -> int:
+    def open(self, sequence_id: str, token_ids: Sequence[int], *, salt: str = "", use_tiers: bool = True) -> int:
         """Starts a sequence with the longest cached prefix of `token_ids`: whole pages, at most all but one token.
+
+        What waits in a tier is counted as found; its pages are taken by the first `reserve`. Behind whole pages follows
+        what `save` kept of this very sequence, which may end within a page.
 
         One token is always left to compute, since its logits are wanted. If there turns out to be no room
         (`reserve` returns None), `free` undoes this without a trace in the order of eviction or in the statistics.
@@ -111,6 +121,7 @@ class BlockManager:
             sequence_id: A name that no open sequence has.
             token_ids: The tokens known so far.
             salt: Only sequences of equal salt share pages: one per tenant that must not notice the others.
+            use_tiers: Whether to look below the pool.
 
         Returns:
             How many tokens were found; computing starts behind them.
@@ -124,8 +135,10 @@ class BlockManager:
         self._sequences[sequence_id] = sequence
         if self.enable_prefix_caching:
             self._hold_cached_prefix(sequence, token_ids)
+        if self.tiers is not None and use_tiers and not self.tiers.is_suspended:
+            self._await_stored_pages(self.tiers, sequence_id, sequence, token_ids)
         self._just_opened = sequence
-        return sequence.num_published * self.block_size
+        return sequence.num_published * self.block_size + sequence.num_awaited_tokens
 
     def reserve(self, sequence_id: str, *, start: int, end: int) -> list[BlockCopy] | None:
         """Makes the slots [start, end) exist and writable, and those before `start` exist.
@@ -157,6 +170,10 @@ class BlockManager:
             self._just_opened = None
             copies = [self._copy_on_write(sequence, index) for index in shared]
             table.extend([self._take_free_block().block_id for _ in range(num_blocks - num_held)])
+            if self.tiers is not None:
+                if copies:
+                    self.tiers.suspend()
+                self._fetch_stored_pages(self.tiers, sequence, table[num_held:])
         if sequence.num_queried:
             self._count_admission(sequence)
         return copies
@@ -223,6 +240,53 @@ class BlockManager:
         sequence.num_published = min(sequence.num_published, num_tokens // self.block_size)
         self._just_opened = None
 
+    def save(self, sequence_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> bool:
+        """Keeps in a tier what would be lost with `free`, for when the sequence is opened again.
+
+        Published pages need no saving: they stay findable, and move to a tier when they are evicted.
+
+        Args:
+            sequence_id: A sequence that no step on its way writes to.
+            token_ids: Its tokens.
+            num_computed_tokens: Leading tokens whose keys and values are in the pages.
+
+        Returns:
+            Whether its private pages are kept; False without tiers, and where computing them again is cheaper.
+
+        Raises:
+            UnknownSequenceError: No such sequence.
+        """
+        sequence = self._get(sequence_id)
+        first, end = sequence.num_published, num_blocks_for(num_computed_tokens, self.block_size)
+        table = sequence.table[first:end]
+        if self.tiers is None or not table or any(self._blocks[block_id].content for block_id in table):
+            return False
+        pages, parent = [], self._last_published(sequence)
+        for index, block_id in enumerate(table, start=first):
+            start = index * self.block_size
+            tokens = tuple(token_ids[start : min(start + self.block_size, num_computed_tokens)])
+            parent = self._cache.new_content(parent, tokens, sequence.salt)
+            pages.append((parent, block_id))
+        return self.tiers.save(sequence_id, pages)
+
+    def forget_saved(self, sequence_id: str) -> None:
+        """Gives up what `save` kept; nothing happens if it kept nothing."""
+        if self.tiers is not None:
+            self.tiers.forget(sequence_id)
+
+    def settle_swaps(self, first_swap: int, swaps: Sequence[Swap], lost: Sequence[int]) -> list[str]:
+        """A step with these moves returned; `lost` are the numbers of those that could not read their page.
+
+        Returns:
+            Sequences with a page that did not come back.
+        """
+        if self.tiers is None or not swaps:
+            return []
+        broken = self.tiers.settle(first_swap, swaps, lost)
+        if not broken:
+            return []
+        return [name for name, sequence in self._sequences.items() if not broken.isdisjoint(sequence.table)]
+
     def free(self, sequence_id: str) -> None:
         """Gives all pages of a sequence back; published ones stay findable until their room is needed.
 
@@ -231,6 +295,8 @@ class BlockManager:
         """
         sequence = self._get(sequence_id)
         del self._sequences[sequence_id]
+        if sequence.awaited and self.tiers is not None:
+            self.tiers.unpin(sequence.awaited)
         self._release(sequence.table, undo=sequence is self._just_opened)
         self._just_opened = None
 
@@ -239,6 +305,8 @@ class BlockManager:
         if self._free_queue.num_blocks < self.num_blocks:
             return False
         self._cache.clear()
+        if self.tiers is not None:
+            self.tiers.clear()
         return True
 
     # -- Checking --------------------------------------------------------------------------------
@@ -255,6 +323,12 @@ class BlockManager:
         assert len(free) + len(holders) == self.num_blocks, "free + used pages are not all pages"
         assert set(self._cache) == {block for block in self._blocks if block.content}, "published pages are misfiled"
         self._cache.check_invariants()
+        if self.tiers is not None:
+            self.tiers.check_invariants()
+            contents = {block.content.content_id: block.content for block in self._cache if block.content}
+            for page in (*self.tiers.host, *self.tiers.disk):
+                known = contents.get(page.content.content_id, page.content)
+                assert known == page.content, f"{page} shares its id with another content"
         for sequence_id, sequence in self._sequences.items():
             self._check_sequence(sequence_id, sequence)
 
@@ -289,6 +363,47 @@ class BlockManager:
             parent = block.content
         sequence.num_published = len(sequence.table)
 
+    def _await_stored_pages(
+        self, tiers: PageTiers, sequence_id: str, sequence: _Sequence, token_ids: Sequence[int]
+    ) -> None:
+        """Continues the prefix with pages of a tier, which stay there until `reserve` has a place for them."""
+        size, parent, pages = self.block_size, self._last_published(sequence), []
+        begin = start = sequence.num_published * size
+        while self.enable_prefix_caching and start + size < len(token_ids):
+            tokens = tuple(token_ids[start : start + size])
+            page_hash = self._cache.hash_of(parent, tokens, sequence.salt)
+            page = tiers.find(parent, tokens, sequence.salt, page_hash=page_hash)
+            if page is None:
+                break
+            pages.append(page)
+            parent, start = page.content, start + size
+        pages += tiers.find_saved(sequence_id, parent, token_ids, start=start, salt=sequence.salt)
+        num_tokens = sum(len(page.content.tokens) for page in pages)
+        num_host = sum(page.level is tiers.host for page in pages)
+        if not pages or not tiers.costs.worth_fetching(
+            num_host_pages=num_host, num_disk_pages=len(pages) - num_host, num_tokens=num_tokens
+        ):
+            return
+        assert begin + num_tokens < len(token_ids), "the last token is always computed"
+        tiers.pin(pages)
+        sequence.awaited, sequence.num_awaited_tokens = pages, num_tokens
+
+    def _fetch_stored_pages(self, tiers: PageTiers, sequence: _Sequence, block_ids: Sequence[int]) -> None:
+        """Plans the way back of what was found, into the first of the pages that were just taken."""
+        pages, sequence.awaited, sequence.num_awaited_tokens = sequence.awaited, [], 0
+        tiers.unpin(pages)
+        for page, block_id in zip(pages, block_ids, strict=False):
+            tiers.fetch(page, block_id)
+            if sequence.num_queried:
+                num_tokens = len(page.content.tokens)
+                self.stats.hits += num_tokens
+                if page.level is tiers.host:
+                    self.stats.host_hits += num_tokens
+                else:
+                    self.stats.disk_hits += num_tokens
+        if pages and pages[-1].owner is not None:
+            tiers.forget(pages[-1].owner)
+
     def _count_admission(self, sequence: _Sequence) -> None:
         self.stats.queries += sequence.num_queried
         self.stats.hits += sequence.num_published * self.block_size
@@ -315,10 +430,16 @@ class BlockManager:
         self, block: Block, parent: PageContent | None, tokens: tuple[int, ...], salt: str
     ) -> Block | None:
         if block.content is None:
-            return self._cache.add(block, parent, tokens, salt)
+            return self._cache.add(block, parent, tokens, salt, known=self._known_content(parent, tokens, salt))
         if not block.content.holds(parent, tokens, salt):
             raise SequenceError(f"page {block.block_id} is published with other tokens; reserve() before writing")
         return block  # a fork published it, or it was truncated and not written since
+
+    def _known_content(self, parent: PageContent | None, tokens: tuple[int, ...], salt: str) -> PageContent | None:
+        if self.tiers is None:
+            return None
+        page = self.tiers.find(parent, tokens, salt, page_hash=self._cache.hash_of(parent, tokens, salt))
+        return None if page is None else page.content
 
     def _last_published(self, sequence: _Sequence) -> PageContent | None:
         if not sequence.num_published:
@@ -335,6 +456,10 @@ class BlockManager:
 
     def _take_free_block(self) -> Block:
         block = self._free_queue.pop_front()
+        if self.tiers is not None:
+            self.tiers.retake(block.block_id)
+            if block.content is not None:
+                self.tiers.store(block.content, block.block_id)
         if block.content is not None:
             self._cache.remove(block)
             self.stats.evictions += 1
@@ -368,12 +493,16 @@ class _Sequence:
         table: Page ids in the order of the tokens.
         num_published: Leading pages that are published; their contents form one chain.
         num_queried: Tokens with which it was opened, until its admission has been counted.
+        awaited: Pages of a tier that continue the published ones, until `reserve` plans their way back.
+        num_awaited_tokens: Tokens in those.
     """
 
-    __slots__ = ("num_published", "num_queried", "salt", "table")
+    __slots__ = ("awaited", "num_awaited_tokens", "num_published", "num_queried", "salt", "table")
 
     def __init__(self, salt: str, *, num_queried: int) -> None:
         self.table: list[int] = []
         self.salt = salt
         self.num_published = 0
         self.num_queried = num_queried
+        self.awaited: list[StoredPage] = []
+        self.num_awaited_tokens = 0

@@ -6,6 +6,8 @@ Two layouts, of the same pages.
 
     [2, X, C, K, H]      keys and values, X pages, C tokens per page, K kv heads, H head size
 
+(int8 keeps H codes and four bytes of scale per head, fp8 H bytes; both are uint8: see `stored_heads.py`)
+
 - `pool[KEY]` and `pool[VALUE]` are each one contiguous stretch of X * C * K * H numbers.
 - Token number t of a sequence lies in page `block_table[t // C]` at offset `t % C`. That is one *slot*:
   `slot = block_id * C + t % C`. As K and H are innermost, `pool[KEY].view(X * C, K, H)[slot]` is the token's keys, and
@@ -25,6 +27,8 @@ Two layouts, of the same pages.
       keys    [X, K, C/16, H/2, 16, 2]    numbers 2i and 2i + 1 of a token's key are a pair
       values  numbers i and i + 16 of each whole 32 are a pair: 0 16 1 17 2 18 … 15 31, 32 48 …
 
+- fp8 (E4M3, no scale; larger numbers become ±448) lies as float32 does, a byte each. torch moves hardly anything of
+  type float8_e4m3fn, so the tensors are uint8: `tensor.view(torch.float8_e4m3fn)` reads them.
 - int8: `number = code * scale`, with one scale per token and head, amax / 127, and
   `code = round_half_even(x * (127 / amax))`. Codes are kept in fours, which one instruction multiplies and adds:
 
@@ -60,9 +64,12 @@ LANES = 16
 FOUR = 4
 """Codes that stand side by side for one lane in int8 pages: numbers of a key, tokens of the values."""
 
+SCALE_BYTES = 4
+"""Of the float32 scale that each token's key and value of a head have in int8 pages."""
+
 MAX_NATIVE_HEAD_DIM = 1024
 
-NativeKvDtype = Literal["float32", "bfloat16", "int8"]
+KvDtype = Literal["float32", "bfloat16", "int8", "fp8"]
 
 
 def pool_shape(spec: LayerSpec, *, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int]:
@@ -95,7 +102,7 @@ class NativeShapes:
     scales: tuple[int, ...] | None
 
 
-def native_shapes(spec: LayerSpec, *, dtype: NativeKvDtype, num_blocks: int, block_size: int) -> NativeShapes:
+def native_shapes(spec: LayerSpec, *, dtype: KvDtype, num_blocks: int, block_size: int) -> NativeShapes:
     """Shapes of one layer's pool that hands out `num_blocks` pages, in the native layout."""
     num_pages, heads, size = FIRST_BLOCK + num_blocks, spec.num_key_value_heads, spec.head_dim
     key, value = (size, LANES), (block_size, value_width(size))
@@ -111,7 +118,7 @@ def native_shapes(spec: LayerSpec, *, dtype: NativeKvDtype, num_blocks: int, blo
     )
 
 
-def key_width(head_dim: int, dtype: NativeKvDtype) -> int:
+def key_width(head_dim: int, dtype: KvDtype) -> int:
     """Hp: numbers that one token's key of one head takes in the native layout."""
     return num_blocks_for(head_dim, FOUR) * FOUR if dtype == "int8" else head_dim
 

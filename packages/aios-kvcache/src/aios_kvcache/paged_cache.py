@@ -16,6 +16,7 @@ from aios_kvcache.attention_plan import AttentionPlan, AttentionPlanner, Sequenc
 from aios_kvcache.block import BlockCopy, independent_waves
 from aios_kvcache.layout import KEY, VALUE, pool_shape
 from aios_kvcache.pool_memory import allocate_pool
+from aios_kvcache.stored_heads import stored_heads
 from aios_model.config import LayerSpec, ModelConfig
 from aios_model.errors import UnsupportedModelError
 
@@ -40,8 +41,13 @@ class PagedKVCache:
         config: The model's.
         num_blocks: Pages to hand out; the null page comes on top.
         block_size: Tokens per page.
-        dtype: Of keys and values, and of the queries that attend to them.
-        device: Where they live.
+        dtype: Of keys, values and queries as they come, and of the attention.
+        device: Where the pages live.
+        kv_dtype: How keys and values are kept: a floating dtype, int8 with a scale per token and head, or
+            float8_e4m3fn; None for `dtype`.
+
+    Attributes:
+        pools: [2, X, C, K, R] of each layer; R is what a head takes, H but for int8: see `stored_heads.py`.
 
     Raises:
         UnsupportedModelError: A layer keeps something else than keys and values.
@@ -49,25 +55,29 @@ class PagedKVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        config: ModelConfig,
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
         self.device = torch.device(device)
+        self._heads = stored_heads(self.kv_dtype, computed=dtype)
         self._specs = config.layers
         for index, spec in enumerate(self._specs):
             if spec.kind != "attention":
                 raise UnsupportedModelError(f"layer {index} is of kind {spec.kind!r}, which keeps no pages")
-        self.pools = [
-            allocate_pool(
-                pool_shape(spec, num_blocks=num_blocks, block_size=block_size), dtype=dtype, device=self.device
-            )
-            for spec in self._specs
-        ]
+        self.pools = [self._allocate(spec) for spec in self._specs]
         self._keys = [pool[KEY].flatten(0, 1) for pool in self.pools]
         self._values = [pool[VALUE].flatten(0, 1) for pool in self.pools]
-        self._buffers = GatherBuffers(dtype=dtype, device=self.device)
+        self._buffers = GatherBuffers(heads=self._heads, device=self.device)
         self._planners = {window: self._planner(window) for window in {None, *(spec.window for spec in self._specs)}}
         self._plans: dict[int | None, AttentionPlan] = {}
         self._slots_T: Slots = slice(0, 0)
@@ -77,6 +87,11 @@ class PagedKVCache:
     def num_bytes(self) -> int:
         """Bytes reserved for keys and values, null page included."""
         return sum(pool.nbytes for pool in self.pools)
+
+    @property
+    def page_tensors(self) -> list[Tensor]:
+        """Keys and values of every layer, [X, C, K, H] each: what a page consists of, for whoever moves pages."""
+        return [pool[which] for pool in self.pools for which in (KEY, VALUE)]
 
     def bind(self, batch: Sequence[SequenceSlice]) -> None:
         """Prepares `attend` for a step whose T tokens are those of `batch`, packed in its order.
@@ -106,12 +121,12 @@ class PagedKVCache:
         Returns:
             [T, N, H].
         """
-        keys_PKH, values_PKH, spec = self._keys[layer], self._values[layer], self._specs[layer]
+        keys_PKR, values_PKR, spec = self._keys[layer], self._values[layer], self._specs[layer]
         assert len(q_TNH) == self._num_tokens, f"{self._num_tokens} tokens are bound, {len(q_TNH)} came"
-        _write(keys_PKH, self._slots_T, k_TKH)
-        _write(values_PKH, self._slots_T, v_TKH)
+        _write(keys_PKR, self._slots_T, self._heads.store(k_TKH))
+        _write(values_PKR, self._slots_T, self._heads.store(v_TKH))
         plan = self._plans[spec.window]
-        return paged_attention(q_TNH, keys_PKH, values_PKH, plan, scale=spec.scale, buffers=self._buffers)
+        return paged_attention(q_TNH, keys_PKR, values_PKR, plan, scale=spec.scale, buffers=self._buffers)
 
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copies whole pages in every layer, as if one after the other."""
@@ -120,6 +135,11 @@ class PagedKVCache:
             destinations = torch.tensor([copy.destination for copy in wave], device=self.device)
             for pool in self.pools:
                 pool.index_copy_(1, destinations, pool.index_select(1, sources))
+
+    def _allocate(self, spec: LayerSpec) -> Tensor:
+        shape = pool_shape(spec, num_blocks=self.num_blocks, block_size=self.block_size)
+        shape = (*shape[:-1], self._heads.width(spec.head_dim))
+        return allocate_pool(shape, dtype=self._heads.dtype, device=self.device)
 
     def _planner(self, window: int | None) -> AttentionPlanner:
         widest = max(_bytes_per_key(spec, self.dtype) for spec in self._specs if window in (None, spec.window))
@@ -144,11 +164,11 @@ class PagedKVCache:
         return plans
 
 
-def _write(pool_PKH: Tensor, slots: Slots, values_TKH: Tensor) -> None:
+def _write(pool_PKR: Tensor, slots: Slots, stored_TKR: Tensor) -> None:
     if isinstance(slots, slice):
-        pool_PKH[slots] = values_TKH
+        pool_PKR[slots] = stored_TKR
     else:
-        pool_PKH.index_copy_(0, slots, values_TKH)
+        pool_PKR.index_copy_(0, slots, stored_TKR)
 
 
 def _bytes_per_key(spec: LayerSpec, dtype: torch.dtype) -> int:

@@ -25,12 +25,16 @@ class PrefixCacheStats:
 
     Attributes:
         queries: Tokens of all admitted sequences: those that opened and then got their first pages.
-        hits: How many of those were found in the cache.
+        hits: How many of those were found, in the pool or in a tier below it.
+        host_hits: How many of those came back from host memory.
+        disk_hits: How many came back from disk.
         evictions: Pages whose content was given up for room.
     """
 
     queries: int = 0
     hits: int = 0
+    host_hits: int = 0
+    disk_hits: int = 0
     evictions: int = 0
 
 
@@ -48,30 +52,55 @@ class PrefixCache:
 
     def find(self, parent: PageContent | None, tokens: tuple[int, ...], salt: str) -> Block | None:
         """The page that holds `tokens` directly behind the content `parent` (None: at the start), if there is one."""
-        block = self._blocks.get(self._hash(parent, tokens, salt))
+        block = self._blocks.get(self.hash_of(parent, tokens, salt))
         if block is None:
             return None
         assert block.content is not None, f"{block} is filed but private"
         return block if block.content.holds(parent, tokens, salt) else None
 
-    def add(self, block: Block, parent: PageContent | None, tokens: tuple[int, ...], salt: str) -> Block | None:
+    def add(
+        self,
+        block: Block,
+        parent: PageContent | None,
+        tokens: tuple[int, ...],
+        salt: str,
+        *,
+        known: PageContent | None = None,
+    ) -> Block | None:
         """Publishes a private page, unless its content is published already.
+
+        Args:
+            block: The page.
+            parent: The content before it; None at the start.
+            tokens: What it holds.
+            salt: Who may share it.
+            known: This very content, if a tier below the pool has it: it keeps its id.
 
         Returns:
             The page that holds this content from now on: `block`, or an older twin of it. None if another content
             occupies the hash; then `block` stays private.
         """
         assert block.content is None, f"{block} is published with another content"
-        page_hash = self._hash(parent, tokens, salt)
+        page_hash = self.hash_of(parent, tokens, salt)
         occupant = self._blocks.get(page_hash)
         if occupant is not None:
             assert occupant.content is not None, f"{occupant} is filed but private"
             return occupant if occupant.content.holds(parent, tokens, salt) else None
-        self._last_content_id += 1
-        parent_id = 0 if parent is None else parent.content_id
-        block.content = PageContent(self._last_content_id, parent_id, tokens, salt, page_hash)
+        block.content = known or self.new_content(parent, tokens, salt, page_hash=page_hash)
         self._blocks[page_hash] = block
         return block
+
+    def new_content(
+        self, parent: PageContent | None, tokens: tuple[int, ...], salt: str, *, page_hash: int = 0
+    ) -> PageContent:
+        """A content with an id of its own; without a hash if it is not to be published."""
+        self._last_content_id += 1
+        parent_id = 0 if parent is None else parent.content_id
+        return PageContent(self._last_content_id, parent_id, tokens, salt, page_hash)
+
+    def hash_of(self, parent: PageContent | None, tokens: tuple[int, ...], salt: str) -> int:
+        """Where a content is filed."""
+        return self._hash_function((0 if parent is None else parent.page_hash, tokens, salt))
 
     def remove(self, block: Block) -> None:
         """Makes a page private again. Pages behind it can no longer be found, and leave by age."""
@@ -104,7 +133,4 @@ class PrefixCache:
             assert content.parent_id < content.content_id <= self._last_content_id, f"{content} is its own ancestor"
             assert parent is None or parent.salt == content.salt, f"{content} hangs behind another salt"
             if parent is not None or content.parent_id == 0:
-                assert content.page_hash == self._hash(parent, content.tokens, content.salt), f"{content} is misfiled"
-
-    def _hash(self, parent: PageContent | None, tokens: tuple[int, ...], salt: str) -> int:
-        return self._hash_function((0 if parent is None else parent.page_hash, tokens, salt))
+                assert content.page_hash == self.hash_of(parent, content.tokens, content.salt), f"{content} is misfiled"

@@ -10,13 +10,23 @@ from typing import Literal
 
 from aios_kvcache.errors import PoolTooSmallError
 from aios_kvcache.host_memory import available_memory
-from aios_kvcache.layout import FIRST_BLOCK, NativeKvDtype, key_width, num_blocks_for, value_width
+from aios_kvcache.layout import FIRST_BLOCK, SCALE_BYTES, KvDtype, key_width, num_blocks_for, value_width
 from aios_model.config import ModelConfig, check_context_length
 from aios_model.errors import ConfigError
 
-__all__ = ["CachePolicy", "PoolPlan", "available_memory", "device_budget", "native_kv_bytes_per_token", "plan_pool"]
+__all__ = [
+    "CachePolicy",
+    "PoolPlan",
+    "available_memory",
+    "device_budget",
+    "native_kv_bytes_per_token",
+    "plan_pool",
+    "torch_kv_bytes_per_token",
+]
 
 CachePolicy = Literal["paged", "contiguous"]
+
+_NUMBER_BYTES: dict[KvDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
 
 DEFAULT_MAX_MODEL_LEN = 8192
 DEFAULT_MEMORY_SHARE = 0.25
@@ -61,7 +71,7 @@ def plan_pool(
         config: The model's.
         dtype_bytes: Bytes per stored number.
         bytes_per_token: What a token takes in all layers, where that is not `dtype_bytes` per number: see
-            `native_kv_bytes_per_token`.
+            `native_kv_bytes_per_token` and `torch_kv_bytes_per_token`.
         block_size: Tokens per page; the contiguous policy replaces it by `max_model_len`: one page per sequence.
         max_num_seqs: Sequences that run at once.
         max_model_len: Longest sequence to serve. None: what the model supports, up to 8,192, less if memory is short.
@@ -113,12 +123,19 @@ def plan_pool(
     return PoolPlan(num_blocks=num_pages, block_size=block_size, max_model_len=max_model_len, num_bytes=num_bytes)
 
 
-def native_kv_bytes_per_token(config: ModelConfig, dtype: NativeKvDtype) -> int:
+def native_kv_bytes_per_token(config: ModelConfig, dtype: KvDtype) -> int:
     """Bytes that one token takes in all layers of the native layout: padding and the scales of int8 included."""
-    number = {"float32": 4, "bfloat16": 2, "int8": 1}[dtype]
-    scales = 2 * 4 if dtype == "int8" else 0
+    number, scales = _NUMBER_BYTES[dtype], 2 * _scale_bytes(dtype)
     return sum(
         spec.num_key_value_heads * (number * (key_width(spec.head_dim, dtype) + value_width(spec.head_dim)) + scales)
+        for spec in config.layers
+    )
+
+
+def torch_kv_bytes_per_token(config: ModelConfig, dtype: KvDtype) -> int:
+    """Bytes that one token takes in all layers where torch attends: the scales of int8 included."""
+    return sum(
+        2 * spec.num_key_value_heads * (_NUMBER_BYTES[dtype] * spec.head_dim + _scale_bytes(dtype))
         for spec in config.layers
     )
 
@@ -189,6 +206,10 @@ def _check_options(policy: str, *, memory_bytes: int | None, num_blocks: int | N
     for name, value in {"memory_bytes": memory_bytes, "num_blocks": num_blocks, **options}.items():
         if value is not None and value < 1:
             raise ConfigError(f"{name} must be positive, got {value}")
+
+
+def _scale_bytes(dtype: KvDtype) -> int:
+    return SCALE_BYTES if dtype == "int8" else 0
 
 
 def _gib(num_bytes: int) -> str:

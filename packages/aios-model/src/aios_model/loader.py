@@ -51,6 +51,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     parameters: Sequence[ParameterSlot] | None = None,
+    on_loaded: Callable[[nn.Module], None] | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
     """Reads every parameter of `decoder` from `source`.
@@ -62,6 +63,7 @@ def load_weights(
         parameters: What the source must hold, where `decoder` is only a part of the model; None: what `decoder` needs.
         dtype: What the parameters become.
         device: Where they go.
+        on_loaded: Told of every module that has its weights, before the next one is read; it may move them.
         progress: Called with the share of parameters read, 0 to 1.
 
     Raises:
@@ -74,6 +76,8 @@ def load_weights(
     done = 0
     for path, module in modules:
         _load_module(path, module, reader, dtype=dtype, device=device)
+        if on_loaded is not None:
+            on_loaded(module)
         before, done = done, done + sum(_numel(slot) for slot in module_slots(path, module))
         if done // _TRIM_ELEMENTS > before // _TRIM_ELEMENTS:
             return_freed_memory()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from aios_model.config import ModelConfig, check_context_length
 from aios_model.config_file import read_model_config
@@ -150,6 +151,7 @@ def load_decoder(
     transforms: Sequence[ModelTransform] = (),
     source_transforms: Sequence[SourceTransform] = (),
     seed: int = 0,
+    on_loaded: Callable[[nn.Module], None] | None = None,
     progress: Progress | None = None,
 ) -> DecoderModel:
     """Builds the network that `files` describe and fills it; whoever brings token ids needs no more than this.
@@ -164,6 +166,7 @@ def load_decoder(
         source_transforms: Applied to what the files hold, in order; checkpoints that declare a `quantization_config`
             need one. Dummy weights are not transformed.
         seed: Of dummy weights.
+        on_loaded: Told of every module that has its weights, before the next one is read; it may move them.
         progress: Told what is being done and how much of it is done.
 
     Raises:
@@ -189,6 +192,7 @@ def load_decoder(
         dtype=torch_dtype,
         device=torch_device,
         parameters=parameters,
+        on_loaded=on_loaded,
         progress=None if progress is None else lambda share: progress("loading weights", share),
     )
     gc.collect()

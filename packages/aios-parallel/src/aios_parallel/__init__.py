@@ -10,6 +10,8 @@ Planning (without torch):
     `Workload`, `Layout`, `find_plans`, `best_plan`  the ways to spread a model, and the best
     `Plan`, `PlanCosts`                              bytes and times of one
     `weak_scaling`                                   tokens per second as devices are added
+Tracing (without torch):
+    `GroupTracer`, `GroupTrace`  where the time of ranks goes: recording, and what was recorded
 Errors:
     `ParallelError`, `CollectiveTimeoutError`, `PlanError`, `RankFailedError`, `WireError`
 
@@ -33,12 +35,16 @@ if TYPE_CHECKING:
     from aios_parallel.planning.scaling import weak_scaling
     from aios_parallel.shared_memory import SharedMemoryCommunicator
     from aios_parallel.torch_group import TorchCommunicator
+    from aios_parallel.tracing.group_trace import GroupTrace
+    from aios_parallel.tracing.group_tracer import GroupTracer
 
 __all__ = [
     "Cluster",
     "CollectiveTimeoutError",
     "Communicator",
     "Device",
+    "GroupTrace",
+    "GroupTracer",
     "Layout",
     "Link",
     "ParallelError",
@@ -63,6 +69,8 @@ _HOMES = {
     "errors": ("CollectiveTimeoutError", "ParallelError", "RankFailedError", "WireError"),
     "shared_memory": ("SharedMemoryCommunicator",),
     "torch_group": ("TorchCommunicator",),
+    "tracing.group_trace": ("GroupTrace",),
+    "tracing.group_tracer": ("GroupTracer",),
     "planning.costs": ("PlanCosts",),
     "planning.devices": ("Device", "Link", "find_device"),
     "planning.errors": ("PlanError",),

@@ -21,6 +21,7 @@ class KVCacheDType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    fp8 = "fp8"
 
 
 class Objective(StrEnum):

@@ -13,7 +13,6 @@ not depend on the other tokens of its step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
 from aios_parallel.errors import CollectiveTimeoutError
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from aios_parallel.tracing.span_ring import SpanRing
 
 
 class Communicator(Protocol):
@@ -81,6 +82,13 @@ class Communicator(Protocol):
         """Returns once every rank has called it."""
         ...
 
+    def trace(self, ring: SpanRing | None) -> None:
+        """Records every exchange of this rank in `ring` from now on; None for none.
+
+        For the thread that makes the calls, between two of them. With nccl a span ends when the work is queued.
+        """
+        ...
+
     def close(self) -> None:
         """Lets go of the group; calling it twice is fine."""
         ...
@@ -120,12 +128,6 @@ class Traffic:
     num_bytes: int = 0
     seconds: float = 0.0
 
-    def count(self, x: Tensor, started: float) -> None:
-        """Counts one call that began at `started` on `perf_counter`."""
-        self.calls += 1
-        self.num_bytes += x.numel() * x.element_size()
-        self.seconds += perf_counter() - started
-
 
 class SoloCommunicator:
     """A group of one: nothing is exchanged."""
@@ -162,6 +164,9 @@ class SoloCommunicator:
         raise ValueError(f"a group of one has no rank {source} to receive from")
 
     def barrier(self) -> None:
+        """See Communicator."""
+
+    def trace(self, ring: SpanRing | None) -> None:
         """See Communicator."""
 
     def close(self) -> None:

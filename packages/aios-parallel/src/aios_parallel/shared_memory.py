@@ -20,6 +20,7 @@ from aios_parallel.communicator import NativeReduce, Traffic
 from aios_parallel.errors import CollectiveTimeoutError, ParallelError
 from aios_parallel.native.structures import Counters, Status, parallel_address, parallel_function
 from aios_parallel.segment_file import SegmentFile
+from aios_parallel.tracing.span_ring import SpanRing
 
 _TYPES = {
     torch.float32: 0,
@@ -48,6 +49,7 @@ class SharedMemoryCommunicator:
     def __init__(self, file: SegmentFile, *, rank: int, size: int, timeout: float) -> None:
         self._counters = Counters()
         self._lock = threading.Lock()  # between `abort` and `close`
+        self._ring: SpanRing | None = None  # native code writes to it
         self._timeout = timeout
         self.rank = rank
         self.size = size
@@ -163,6 +165,11 @@ class SharedMemoryCommunicator:
     def barrier(self) -> None:
         """See Communicator."""
         self._check(self._barrier(self._open_group()))
+
+    def trace(self, ring: SpanRing | None) -> None:
+        """See Communicator. Sums that native code asks for are recorded too."""
+        parallel_function("aios_group_trace")(self._open_group(), None if ring is None else ctypes.byref(ring.header))
+        self._ring = ring
 
     def abort(self) -> None:
         """Makes all calls of all ranks fail at once, those that wait included. Any thread may call it."""

@@ -127,7 +127,10 @@ def _share(start: int, end: int, group: int) -> HeadShare:
     widest = max(count for _, _, count in pieces)
     runs: list[Run] = []
     for _, first, count in pieces:
-        runs.append(Run(first, count))
+        if runs and runs[-1].start is not None:  # heads that follow each other are one run: groups stay whole there
+            runs[-1] = Run(runs[-1].start, runs[-1].length + count)
+        else:
+            runs.append(Run(first, count))
         if count < widest:
             runs.append(Run(None, widest - count))
     return HeadShare(queries=Selection(tuple(runs)), kv_heads=tuple(kv_head for kv_head, _, _ in pieces))

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from aios_kvcache.swap import reads_disk
 from aios_parallel.vocabulary import gather_logits
 from aios_sched.batch import pack
+from aios_sched.model_runner import move_pages
 from aios_sched.output import StepResult
 
 if TYPE_CHECKING:
+    from aios_kvcache.page_mover import PageMover
     from aios_model.sampling.sampler import Sampler
     from aios_parallel.communicator import Communicator
     from aios_parallel.mesh import Place
@@ -35,6 +38,7 @@ class StageRunner:
         pipeline_group: The ranks of all stages that hand hidden states to each other, ordered by stage.
         hidden_size: D.
         dtype: Of hidden states.
+        mover: Moves the rank's part of pages to its tiers below the pool and back; None where there are none.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class StageRunner:
         pipeline_group: Communicator,
         hidden_size: int,
         dtype: torch.dtype,
+        mover: PageMover | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -57,6 +62,7 @@ class StageRunner:
         self._pipeline_group = pipeline_group
         self._hidden_size = hidden_size
         self._dtype = dtype
+        self._mover = mover
 
     @property
     def vocab_size(self) -> int:
@@ -68,7 +74,7 @@ class StageRunner:
         """Computes the rank's part of a step.
 
         Returns:
-            The tokens on the rank that draws them, else None.
+            The tokens on the rank that draws them. On others None, or what was lost if the step reads pages from disk.
 
         Raises:
             SamplingError: As `ModelRunner.execute`; the group can go on.
@@ -76,6 +82,20 @@ class StageRunner:
         """
         for request_id in output.finished_request_ids:
             self._sampler.forget(request_id)
+        lost_swaps = move_pages(self._mover, output)
+        result = self._compute(output)
+        if result is not None:
+            result.lost_swaps = lost_swaps
+        elif reads_disk(output.swaps):
+            return StepResult(sampled={}, lost_swaps=lost_swaps)
+        return result
+
+    def close(self) -> None:
+        """Gives back what the tiers below the pool hold."""
+        if self._mover is not None:
+            self._mover.close()
+
+    def _compute(self, output: SchedulerOutput) -> StepResult | None:
         self._cache.copy_blocks(output.block_copies)
         batch = pack(output, device=self._model.device)
         self._cache.bind(batch.sequences)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
-from time import perf_counter
 from typing import TypeVar
 
 import torch
@@ -17,6 +16,9 @@ from torch import Tensor
 
 from aios_parallel.communicator import Traffic
 from aios_parallel.errors import CollectiveTimeoutError
+from aios_parallel.tracing.clock import now
+from aios_parallel.tracing.exchange_meter import ExchangeMeter
+from aios_parallel.tracing.span_ring import ExchangeKind, SpanRing
 
 T = TypeVar("T")
 
@@ -50,57 +52,70 @@ class ThreadCommunicator:
         self._group = group
         self.rank = rank
         self.size = group.size
-        self.traffic = Traffic()
+        self._meter = ExchangeMeter()
+
+    @property
+    def traffic(self) -> Traffic:
+        """See Communicator."""
+        return self._meter.traffic
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Communicator."""
-        started = perf_counter()
+        started = now()
         stacked = self._exchange(x)
         total = stacked[0].clone()
         for other in stacked[1:]:
             total += other
         x.copy_(total)
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.ALL_REDUCE, x, started)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See Communicator."""
-        started = perf_counter()
+        started = now()
         gathered = torch.stack(self._exchange(x))
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.ALL_GATHER, x, started)
         return gathered
 
     def gather(self, x: Tensor, *, to: int = 0) -> Tensor | None:
         """See Communicator."""
-        gathered = self.all_gather(x)
+        started = now()
+        gathered = torch.stack(self._exchange(x))
+        self._meter.note(ExchangeKind.GATHER, x, started, peer=to)
         return gathered if self.rank == to else None
 
     def broadcast(self, x: Tensor, *, source: int = 0) -> Tensor:
         """See Communicator."""
-        started = perf_counter()
+        started = now()
         x.copy_(self._exchange(x)[source])
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.BROADCAST, x, started, peer=source)
         return x
 
     def send(self, x: Tensor, *, to: int) -> None:
         """See Communicator."""
-        started = perf_counter()
+        started = now()
         self._group.queues[self.rank, to].put(x.clone())
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.SEND, x, started, peer=to)
 
     def receive(self, out: Tensor, *, source: int) -> Tensor:
         """See Communicator."""
-        started = perf_counter()
+        started = now()
         try:
             out.copy_(self._group.queues[source, self.rank].get(timeout=self._group.timeout))
         except Empty as error:
             raise CollectiveTimeoutError(f"rank {source} sent nothing for {self._group.timeout:g} s") from error
-        self.traffic.count(out, started)
+        self._meter.note(ExchangeKind.RECEIVE, out, started, peer=source)
         return out
 
     def barrier(self) -> None:
         """See Communicator."""
+        started = now()
         self._wait()
+        self._meter.note(ExchangeKind.BARRIER, None, started)
+
+    def trace(self, ring: SpanRing | None) -> None:
+        """See Communicator."""
+        self._meter.ring = ring
 
     def close(self) -> None:
         """See Communicator."""

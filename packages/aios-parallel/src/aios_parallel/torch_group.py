@@ -11,7 +11,6 @@ import math
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from time import perf_counter
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,9 @@ from torch._C._distributed_c10d import Store
 
 from aios_parallel.communicator import Traffic
 from aios_parallel.errors import CollectiveTimeoutError, ParallelError
+from aios_parallel.tracing.clock import now
+from aios_parallel.tracing.exchange_meter import ExchangeMeter
+from aios_parallel.tracing.span_ring import ExchangeKind, SpanRing
 
 # Bytes from which on three ranks and more divide the additions; two have nothing to divide. Over loopback both ways
 # cost the same between 256 KB and 1 MB; a network of 10 Gbit/s gains earlier.
@@ -49,7 +51,7 @@ class TorchCommunicator:
     def __init__(self, group: Any, *, timeout: float | None = None, batch_invariant: bool = True) -> None:
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self.traffic = Traffic()
+        self._meter = ExchangeMeter()
         self._group: Any = group
         self._on_gpu = "nccl" in group.name().lower()
         self._timeout = None if timeout is None else timedelta(seconds=timeout)
@@ -99,10 +101,15 @@ class TorchCommunicator:
             ) from error
         return cls(group, timeout=timeout, batch_invariant=batch_invariant)
 
+    @property
+    def traffic(self) -> Traffic:
+        """See Communicator."""
+        return self._meter.traffic
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """See Communicator. Floats of 16 bits are added up in float32 and rounded once, if `batch_invariant`."""
         _check_contiguous(x)
-        started = perf_counter()
+        started = now()
         if not self._batch_invariant:
             self._run("all_reduce", lambda: self._group.allreduce([x]))
         elif self.size > 2 and x.nbytes >= _LARGE:
@@ -110,21 +117,21 @@ class TorchCommunicator:
         elif self.size > 1:
             x_E = x.view(-1)
             _add_in_order(self._exchange(x_E, out=self._reused(x_E, (self.size, len(x_E)))), x_E)
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.ALL_REDUCE, x, started)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See Communicator."""
-        started = perf_counter()
+        started = now()
         out = self._exchange(x)
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.ALL_GATHER, x, started)
         return out
 
     def gather(self, x: Tensor, *, to: int = 0) -> Tensor | None:
         """See Communicator. The others only send; tensors of any size are on their way at once."""
         self._check_peer(to)
         _check_contiguous(x)
-        started = perf_counter()
+        started = now()
         out = None
         if to != self.rank:
             self._post(x, to, _GATHERS)
@@ -134,44 +141,48 @@ class TorchCommunicator:
             for rank in range(self.size):
                 if rank != to:
                     self._take(out[rank], rank, _GATHERS)
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.GATHER, x, started, peer=to)
         return out
 
     def broadcast(self, x: Tensor, *, source: int = 0) -> Tensor:
         """See Communicator."""
         self._check_peer(source)
-        started = perf_counter()
+        started = now()
         options = dist.BroadcastOptions()
         options.rootRank = source
         values = _bytes(x)
         if x.numel() and self.size > 1:
             self._run("broadcast", lambda: self._group.broadcast([values], options))
-        self.traffic.count(x if source == self.rank else x.new_empty(0), started)
+        self._meter.note(ExchangeKind.BROADCAST, x, started, peer=source, gives=source == self.rank)
         return x
 
     def send(self, x: Tensor, *, to: int) -> None:
         """See Communicator; waits for the receiver once four sends to it are on their way."""
         self._check_other(to)
-        started = perf_counter()
+        started = now()
         self._post(x, to, _TRANSFERS)
-        self.traffic.count(x, started)
+        self._meter.note(ExchangeKind.SEND, x, started, peer=to)
 
     def receive(self, out: Tensor, *, source: int) -> Tensor:
         """See Communicator."""
         self._check_other(source)
-        started = perf_counter()
+        started = now()
         self._take(out, source, _TRANSFERS)
-        self.traffic.count(out.new_empty(0), started)
+        self._meter.note(ExchangeKind.RECEIVE, out, started, peer=source, gives=False)
         return out
 
     def barrier(self) -> None:
         """See Communicator."""
-        started = perf_counter()
+        started = now()
         nothing = torch.zeros(1, dtype=torch.uint8, device="cuda" if self._on_gpu else "cpu")
         self._exchange(nothing)
         if self._on_gpu:
             torch.cuda.current_stream().synchronize()
-        self.traffic.count(nothing.new_empty(0), started)
+        self._meter.note(ExchangeKind.BARRIER, None, started)
+
+    def trace(self, ring: SpanRing | None) -> None:
+        """See Communicator."""
+        self._meter.ring = ring
 
     def close(self) -> None:
         """See Communicator. Waits until what was sent is received, or time is over."""

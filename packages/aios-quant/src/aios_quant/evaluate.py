@@ -42,11 +42,13 @@ class Candidate:
         name: What to call it.
         model: Folder, file or hub id; None for the original's own weights.
         scheme: As `find_scheme` knows it: what becomes of the weights while they are loaded.
+        kv_dtype: How keys and values are kept; other than float32 takes native kernels.
     """
 
     name: str
     model: str | None
     scheme: str
+    kv_dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +149,7 @@ def evaluate(
 
     Raises:
         ModelError: A model cannot be read.
-        ConfigError: A scheme is unknown or does not fit, or the vocabularies differ.
+        ConfigError: A scheme or a kv_dtype is unknown or does not fit, or the vocabularies differ.
     """
     settings = settings or EvaluationSettings()
     report = progress or (lambda stage, share: None)
@@ -158,7 +160,7 @@ def evaluate(
     for index, candidate in enumerate(everyone):
         report(candidate.name, index / len(everyone))
         source = files if candidate.model is None else resolve_model(candidate.model)
-        measured = _measure(source, candidate.scheme, tokens_WS, settings)
+        measured = _measure(source, candidate, tokens_WS, settings)
         reference = reference or measured
         evaluations.append(_compare(candidate.name, measured, reference, tokens_WS))
         del measured
@@ -175,13 +177,13 @@ def evaluate(
     )
 
 
-def _measure(files: ModelFiles, scheme: str, tokens_WS: Tensor, settings: EvaluationSettings) -> _Measured:
+def _measure(files: ModelFiles, candidate: Candidate, tokens_WS: Tensor, settings: EvaluationSettings) -> _Measured:
     kernels = kernel_factory(settings.kernels, settings.threads)
     decoder = load_decoder(
         files,
         dtype="float32",
         device="cpu",
-        transforms=[quantize_model(find_scheme(scheme), kernel_factory=kernels.pack)],
+        transforms=[quantize_model(find_scheme(candidate.scheme), kernel_factory=kernels.pack)],
         source_transforms=[quantized_checkpoint],
     )
     if int(tokens_WS.max()) >= decoder.config.vocab_size:
@@ -191,7 +193,8 @@ def _measure(files: ModelFiles, scheme: str, tokens_WS: Tensor, settings: Evalua
         )
     prompt = min(settings.num_prompt_tokens, tokens_WS.shape[1])
     length = max(tokens_WS.shape[1], prompt + settings.num_new_tokens)
-    runner = make_runner(decoder, kernels, max_length=min(length, decoder.config.max_position_embeddings))
+    length = min(length, decoder.config.max_position_embeddings)
+    runner = make_runner(decoder, kernels, max_length=length, kv_dtype=candidate.kv_dtype)
     hidden_WSD = torch.stack([runner.start(tokens_S) for tokens_S in tokens_WS])
     answers, seconds = [], 0.0
     for tokens_S in tokens_WS[: settings.num_answers]:

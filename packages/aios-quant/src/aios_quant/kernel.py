@@ -6,6 +6,7 @@ plain torch; native kernels fill the same socket.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import torch
@@ -39,6 +40,14 @@ class WeightKernel(Protocol):
 
     def dequantize(self) -> Tensor:
         """The matrix [N, K] as the kernel sees it, in a floating dtype."""
+        ...
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replaces every tensor that the kernel reads by what `change` makes of it, of the same dtype and shape.
+
+        Raises:
+            ConfigError: The kernel's weights cannot be elsewhere than they are.
+        """
         ...
 
 
@@ -84,6 +93,11 @@ class PermutedKernel:
     def forward(self, x_TK: Tensor) -> Tensor:
         """[T, K] -> [T, N], in the dtype of the input."""
         return self._kernel.forward(x_TK[:, self._column_order_K])
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See WeightKernel."""
+        self._kernel.map_tensors(change)
+        self._column_order_K = change(self._column_order_K)
 
     def dequantize(self) -> Tensor:
         """The matrix [N, K], its columns in the layer's order."""

@@ -7,7 +7,7 @@ finer blocks than Q and K costs two.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -77,6 +77,17 @@ class QuantizedLinear(Linear):
     def set_weight(self, weight: Tensor) -> None:
         """Quantises `weight` [out_features, in_features] and takes it, on its device and for inputs of its dtype."""
         self._pack([StoredWeight(weight=self.scheme.quantize(weight))], weight.dtype, weight.device)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """As for `Linear`.
+
+        Raises:
+            ConfigError: The kernels compute from host memory.
+        """
+        for kernel in self.kernels:
+            kernel.map_tensors(change)
+        if self.bias is not None:
+            self.bias = change(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features]."""

@@ -122,6 +122,13 @@ class ReferenceKernel:
             inputs_TK = round_activations(inputs_TK, self._activation_group)
         return _multiply(inputs_TK, self._rows.take, self._rows.shape, wide).to(x_TK.dtype)
 
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See WeightKernel."""
+        if self._dense is not None:
+            self._dense = change(self._dense)
+        if self._rows is not None:
+            self._rows.map_tensors(change)
+
     def dequantize(self) -> Tensor:
         """The matrix [N, K]: float32, or what a plain matrix is kept in."""
         if self._dense is not None:
@@ -144,6 +151,10 @@ class _Rows:
     @property
     def num_bytes(self) -> int:
         return self._codes.nbytes + self._scales.nbytes + (0 if self._mins is None else self._mins.nbytes)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._codes, self._scales = change(self._codes), change(self._scales)
+        self._mins = None if self._mins is None else change(self._mins)
 
     def take(self, start: int, stop: int) -> PackedWeight:
         codes = self._codes[start:stop]

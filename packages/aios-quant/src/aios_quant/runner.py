@@ -69,11 +69,26 @@ def kernel_factory(kernels: str, threads: int | None) -> Kernels:
     return Kernels(pack=ReferenceKernel, pool=None, description="torch reference kernels")
 
 
-def make_runner(decoder: DecoderModel, kernels: Kernels, *, max_length: int) -> Runner:
-    """The fastest runner for a decoder whose Linears were packed by `kernels`, for up to `max_length` tokens."""
-    if kernels.pool is None or unsupported(decoder) is not None:
-        return _ModuleRunner(decoder, max_length)
-    return _NativeRunner(decoder, kernels.pool, max_length)
+def make_runner(
+    decoder: DecoderModel, kernels: Kernels, *, max_length: int, kv_dtype: torch.dtype = torch.float32
+) -> Runner:
+    """The fastest runner for a decoder whose Linears were packed by `kernels`, for up to `max_length` tokens.
+
+    Args:
+        decoder: The model, in float32.
+        kernels: What packed it.
+        max_length: Of any sequence.
+        kv_dtype: How keys and values are kept; float32 leaves only the weights to differ.
+
+    Raises:
+        ConfigError: Other pages than float32 where the modules run.
+    """
+    reason = "torch computes" if kernels.pool is None else unsupported(decoder)
+    if kernels.pool is not None and reason is None:
+        return _NativeRunner(decoder, kernels.pool, max_length, kv_dtype)
+    if kv_dtype != torch.float32:
+        raise ConfigError(f"keys and values are kept in {kv_dtype} by native steps only, but {reason}; take float32")
+    return _ModuleRunner(decoder, max_length)
 
 
 class _ModuleRunner:
@@ -96,14 +111,14 @@ class _ModuleRunner:
 
 
 class _NativeRunner:
-    """All layers in one call; keys and values stay float32, so that only the weights differ."""
+    """All layers in one call."""
 
-    def __init__(self, decoder: DecoderModel, pool: ThreadPool, max_length: int) -> None:
+    def __init__(self, decoder: DecoderModel, pool: ThreadPool, max_length: int, kv_dtype: torch.dtype) -> None:
         num_blocks = -(-max_length // _BLOCK_SIZE)
         self._blocks = list(range(num_blocks))
         self._length = 0
         self._pages = NativePagedKVCache(
-            decoder.config, num_blocks=num_blocks, block_size=_BLOCK_SIZE, pool=pool, kv_dtype=torch.float32
+            decoder.config, num_blocks=num_blocks, block_size=_BLOCK_SIZE, pool=pool, kv_dtype=kv_dtype
         )
         self._decoder = NativeDecoder(decoder, self._pages, pool=pool, max_positions=max_length)
 

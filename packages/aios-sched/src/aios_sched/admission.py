@@ -61,7 +61,7 @@ class Admission:
             return None
         manager, request_id = self._block_manager, request.request_id
         num_free_blocks = manager.num_free_blocks
-        num_cached = manager.open(request_id, request.token_ids, salt=request.cache_salt)
+        num_cached = manager.open(request_id, request.token_ids, salt=request.cache_salt, use_tiers=request.use_tiers)
         copies = None
         try:
             self._refusal = self._reason_to_wait(request, num_cached, num_free_blocks, running, budget)

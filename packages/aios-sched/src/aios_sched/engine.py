@@ -17,6 +17,7 @@ from aios_sched.validation import check_token_ids
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from aios_kvcache.block_manager import BlockManager
     from aios_sched.executor import Executor, StepHandle
     from aios_sched.output import SchedulerOutput, StepResult, TokenOutput
     from aios_sched.request import FinishReason, Request
@@ -117,6 +118,7 @@ class Engine:
             prefix_cache_queries=pages.stats.queries,
             prefix_cache_hits=pages.stats.hits,
             num_preemptions=scheduler.num_preemptions,
+            **_tier_stats(pages),
             prompt_tokens=scheduler.num_prompt_tokens,
             generation_tokens=scheduler.num_generation_tokens,
             num_steps=self._num_steps,
@@ -182,6 +184,7 @@ class Engine:
             return self._recover(step, error)
         seconds = perf_counter() - step.submitted
         started = perf_counter()
+        self._scheduler.note_step(step.output, seconds)
         outputs = self._scheduler.update(step.output, result)
         self._schedule_seconds += perf_counter() - started
         self._tell_step(step.output, result, seconds)
@@ -233,6 +236,22 @@ class Engine:
                 call(listener)
             except Exception:
                 _log.exception("%r failed; statistics may be incomplete", listener)
+
+
+def _tier_stats(pages: BlockManager) -> dict[str, int]:
+    """Fields of EngineStats about the tiers below the pool."""
+    stats, tiers = pages.stats, pages.tiers
+    if tiers is None:
+        return {}
+    tier_hits = stats.host_hits + stats.disk_hits
+    return {
+        "tier_cache_queries": stats.queries - (stats.hits - tier_hits),
+        "tier_cache_hits": tier_hits,
+        "num_swap_preemptions": tiers.stats.num_saves,
+        "num_pages_stored": tiers.stats.num_stored,
+        "num_pages_fetched": tiers.stats.num_fetched,
+        "num_pages_lost": tiers.stats.num_lost,
+    }
 
 
 @dataclass(slots=True, kw_only=True)

@@ -87,7 +87,10 @@ class LocalExecutor:
         """Steps run in this process: as long as somebody asks, they can."""
 
     def shutdown(self) -> None:
-        """Nothing to let go of."""
+        """Closes the runner, if it has anything to close."""
+        close = getattr(self._runner, "close", None)
+        if close is not None:
+            close()
 
 
 class _FinishedStep:

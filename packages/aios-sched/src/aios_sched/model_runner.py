@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aios_kvcache.block import BlockCopy
+    from aios_kvcache.page_mover import PageMover
     from aios_kvcache.paged_cache import SequenceSlice
     from aios_model.config import ModelConfig
     from aios_model.sampling.sampler import Sampler
@@ -60,12 +61,14 @@ class ModelRunner:
         decoder: The model.
         cache: The pages, as many as the scheduler's block manager hands out, and of the same size.
         sampler: Draws the tokens.
+        mover: Moves pages to the tiers below the pool and back; None where the scheduler knows of none.
     """
 
-    def __init__(self, decoder: StepModel, cache: Pages, sampler: Sampler) -> None:
+    def __init__(self, decoder: StepModel, cache: Pages, sampler: Sampler, *, mover: PageMover | None = None) -> None:
         self._decoder = decoder
         self._cache = cache
         self._sampler = sampler
+        self._mover = mover
 
     @property
     def vocab_size(self) -> int:
@@ -84,14 +87,29 @@ class ModelRunner:
         """
         for request_id in output.finished_request_ids:
             self._sampler.forget(request_id)
+        lost_swaps = move_pages(self._mover, output)
         self._cache.copy_blocks(output.block_copies)
         batch = pack(output, device=self._decoder.device)
         self._cache.bind(batch.sequences)
         hidden_TD = self._decoder(batch.tokens_T, batch.positions_T, self._cache)
         if not batch.sampling:
-            return StepResult(sampled={})
+            return StepResult(sampled={}, lost_swaps=lost_swaps)
         # Where every token samples, as in a step of decodes, the rows are the hidden states as they are.
         hidden_SD = hidden_TD if len(batch.sampling) == len(hidden_TD) else hidden_TD[batch.sample_rows_S]
         logits_SV = self._decoder.logits(hidden_SD)
         tokens = self._sampler.sample(logits_SV, batch.sampling)
-        return StepResult(sampled={row.request_id: token for row, token in zip(batch.sampling, tokens, strict=True)})
+        sampled = {row.request_id: token for row, token in zip(batch.sampling, tokens, strict=True)}
+        return StepResult(sampled=sampled, lost_swaps=lost_swaps)
+
+    def close(self) -> None:
+        """Gives back what the tiers below the pool hold."""
+        if self._mover is not None:
+            self._mover.close()
+
+
+def move_pages(mover: PageMover | None, output: SchedulerOutput) -> tuple[int, ...]:
+    """Makes a step's moves; returns the numbers of those that could not read their page."""
+    if mover is not None:
+        return mover.run(output.first_swap, output.swaps)
+    assert not output.swaps, "the scheduler plans for tiers that the runner was built without"
+    return ()

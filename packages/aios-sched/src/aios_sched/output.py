@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aios_kvcache.block import BlockCopy
+    from aios_kvcache.swap import Swap
     from aios_model.sampling.rows import SampledToken, SamplingRow, TokenLogprobs
     from aios_sched.request import FinishReason
     from aios_sched.stats import RequestTiming
@@ -47,6 +48,9 @@ class SchedulerOutput:
         num_scheduled_tokens: All tokens of the step; never above the budget.
         finished_request_ids: Requests that will not come again as they were: whatever a runner remembers of them is to
             be dropped, before the step runs.
+        swaps: Pages to move between the pool and the tiers below it, in this order, before `block_copies` are made.
+        first_swap: Number of the first of them, or of the next there will be. Moves are numbered through all steps, and
+            come again under their numbers if their step failed: whoever made them skips them.
     """
 
     step_id: int
@@ -54,13 +58,21 @@ class SchedulerOutput:
     block_copies: tuple[BlockCopy, ...]
     num_scheduled_tokens: int
     finished_request_ids: tuple[str, ...]
+    swaps: tuple[Swap, ...] = ()
+    first_swap: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
 class StepResult:
-    """What came of a step: a token for every request that was to sample."""
+    """What came of a step: a token for every request that was to sample.
+
+    Attributes:
+        sampled: The tokens, by request.
+        lost_swaps: Numbers of the step's moves that could not read their page; what was computed on top is worthless.
+    """
 
     sampled: dict[str, SampledToken]
+    lost_swaps: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)

@@ -121,6 +121,8 @@ class StepPlanner:
         seats = -(-len(self.running) // self._config.max_steps_in_flight)
         for request in self.running:
             num_new = len(request.token_ids) - request.num_computed_tokens - request.num_in_flight_tokens
+            if request.has_lost_pages:  # nothing more until it can start over
+                continue
             if num_new == 1:
                 plan.current = request
                 if len(plan.rows) < seats and self._take_page(request):
@@ -194,8 +196,17 @@ class StepPlanner:
         return False
 
     def _preempt(self, request: Request) -> None:
-        """Back to the queue. Its tokens are kept, its keys and values are computed again (or found in the cache)."""
+        """Back to the queue. Its tokens are kept; its keys and values come back from a tier, or are computed again."""
+        if not request.has_lost_pages:
+            self._block_manager.save(request.request_id, request.token_ids, request.num_computed_tokens)
+        self.start_over(request)
+
+    def start_over(self, request: Request) -> None:
+        """Back to the queue without pages. One whose pages were lost in a tier does not look for them there again."""
         self._block_manager.free(request.request_id)
+        if request.has_lost_pages:
+            request.has_lost_pages = request.use_tiers = False
+            request.num_cached_tokens = 0
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         request.num_preemptions += 1

@@ -63,6 +63,8 @@ class Request:
         arrival_order: Position in the order of arrival, given by the scheduler.
         rank: Given by the policy; with the order of arrival it says who is more important. Lower is more.
         num_preemptions: How often it lost its pages.
+        has_lost_pages: Whether a page did not come back from a tier: once no step is on its way, it starts over.
+        use_tiers: Whether to look for its pages below the pool; not again after it lost some there.
         finish_reason: "stop", "length", "abort", "error" or "timeout" once finished.
         stop_reason: The id of `params.stop_token_ids` that ended it; None for end-of-sequence and other reasons.
     """
@@ -77,6 +79,7 @@ class Request:
         "finished_time",
         "first_scheduled_time",
         "first_token_time",
+        "has_lost_pages",
         "max_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -94,6 +97,7 @@ class Request:
         "stop_token_ids",
         "tenant",
         "token_ids",
+        "use_tiers",
     )
 
     def __init__(
@@ -130,6 +134,8 @@ class Request:
         self.num_in_flight_tokens = 0
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.has_lost_pages = False
+        self.use_tiers = True
         self.max_tokens = params.max_tokens
         self.arrival_order = 0
         self.rank = 0.0

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Scheduler", "SchedulerConfig"]
 
+MIN_PREFILL_TOKENS = 32
+"""Below this a step says more about its fixed costs than about its tokens."""
+
 
 class Scheduler:
     """Plans steps over the requests it is given, and applies what comes of them.
@@ -59,6 +62,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # all that are not done with, those aborted in flight included
         self._deadlines = Deadlines()
         self._forgettable_ids: list[str] = []  # for the next step: whom runners may forget
+        self._has_losses = False  # whether any running request has lost pages
         self._num_added = 0
         self._num_steps = 0
 
@@ -174,17 +178,33 @@ class Scheduler:
             num_row_tokens = len(row.token_ids)
             request.num_in_flight_tokens += num_row_tokens
             num_tokens += num_row_tokens
+        tiers = self.block_manager.tiers
+        first_swap, swaps = (0, ()) if tiers is None else tiers.take_swaps()
         output = SchedulerOutput(
             step_id=self._num_steps,
             requests=tuple(plan.rows),
             block_copies=tuple(self._planner.block_copies),
             num_scheduled_tokens=num_tokens,
             finished_request_ids=tuple(self._forgettable_ids),
+            swaps=swaps,
+            first_swap=first_swap,
         )
         self._planner.block_copies.clear()
         self._forgettable_ids.clear()
         self._num_steps += 1
         return output
+
+    def note_step(self, output: SchedulerOutput, seconds: float) -> None:
+        """Learns from a step what computing a prompt costs, if there are tiers to compare that with.
+
+        Only steps that mostly read prompts say so, and only those that moved no pages beside.
+        """
+        tiers = self.block_manager.tiers
+        if tiers is None or output.swaps:
+            return
+        num_prefill_tokens = sum(len(row.token_ids) for row in output.requests if len(row.token_ids) > 1)
+        if num_prefill_tokens >= MIN_PREFILL_TOKENS and 2 * num_prefill_tokens > output.num_scheduled_tokens:
+            tiers.costs.note_prefill(output.num_scheduled_tokens, seconds)
 
     # -- a step returns ------------------------------------------------------------------------------------------------
 
@@ -195,11 +215,15 @@ class Scheduler:
             One entry for each request that got a token or ended. An error at one request ends that request only.
         """
         token_outputs = []
+        for request_id in self.block_manager.settle_swaps(output.first_swap, output.swaps, result.lost_swaps):
+            self._requests[request_id].has_lost_pages = self._has_losses = True
         for row in output.requests:
             request = self._requests[row.request_id]
             request.num_in_flight_tokens -= len(row.token_ids)
             if request.status is RequestStatus.FINISHED:  # aborted while the step was on its way
                 self._release_unless_in_flight(request)
+                continue
+            if request.has_lost_pages:  # what was computed for it stands on nothing
                 continue
             try:
                 token_output = self._advance(request, row, result)
@@ -208,6 +232,7 @@ class Scheduler:
             if token_output is not None:
                 token_outputs.append(token_output)
         self._sweep()
+        self._restart_those_who_lost_pages()
         return token_outputs
 
     def rollback(self, output: SchedulerOutput) -> None:
@@ -221,9 +246,24 @@ class Scheduler:
             request.num_in_flight_tokens -= len(row.token_ids)
             if request.status is RequestStatus.FINISHED:
                 self._release_unless_in_flight(request)
+        if (tiers := self.block_manager.tiers) is not None:
+            tiers.rollback(output.first_swap, output.swaps, has_copies=bool(output.block_copies))
+        self._restart_those_who_lost_pages()
         self._planner.block_copies[:0] = output.block_copies
         self._forgettable_ids += output.finished_request_ids
         self._forgettable_ids += (row.request_id for row in output.requests)
+
+    def _restart_those_who_lost_pages(self) -> None:
+        """Sends them back to the queue, as soon as no step on its way touches their pages."""
+        if not self._has_losses:
+            return
+        running = self._planner.running
+        broken = [each for each in running if each.has_lost_pages and each.status is RequestStatus.RUNNING]
+        for request in broken:
+            if not request.num_in_flight_tokens:
+                running.remove(request)
+                self._planner.start_over(request)
+        self._has_losses = any(request.has_lost_pages for request in broken)
 
     def _advance(self, request: Request, row: ScheduledRequest, result: StepResult) -> TokenOutput | None:
         """Counts the row's tokens as computed and takes the token that was sampled behind them, if one was."""
@@ -265,6 +305,7 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._release_unless_in_flight(request)
         else:
+            self.block_manager.forget_saved(request.request_id)
             self._forget(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
@@ -283,6 +324,7 @@ class Scheduler:
         """Gives the pages back, once no step that is on its way can touch them."""
         if not request.num_in_flight_tokens:
             self.block_manager.free(request.request_id)
+            self.block_manager.forget_saved(request.request_id)
             self._forget(request)
 
     def _forget(self, request: Request) -> None:

@@ -28,6 +28,12 @@ class EngineStats:
         num_failed_steps: Those that failed.
         schedule_seconds: Time spent planning steps and applying their results.
         step_seconds: Time spent in `Engine.step` altogether.
+        tier_cache_queries: Tokens that the pool did not have and that were looked up in the tiers below it.
+        tier_cache_hits: Tokens found there; they are among `prefix_cache_hits`.
+        num_swap_preemptions: Preempted requests whose pages were saved in a tier.
+        num_pages_stored: Pages copied from the pool to a tier.
+        num_pages_fetched: Pages copied back.
+        num_pages_lost: Pages that could not be read back, so that their tokens were computed again.
     """
 
     num_running: int
@@ -42,6 +48,12 @@ class EngineStats:
     num_failed_steps: int
     schedule_seconds: float
     step_seconds: float
+    tier_cache_queries: int = 0
+    tier_cache_hits: int = 0
+    num_swap_preemptions: int = 0
+    num_pages_stored: int = 0
+    num_pages_fetched: int = 0
+    num_pages_lost: int = 0
 
     @property
     def scheduler_share(self) -> float:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from aios_kvcache.block_manager import BlockManager
 from aios_kvcache.sizing import PoolPlan
 from aios_model.weights.hub import ModelFiles
+from aios_parallel.expert_load import ExpertLoad
+from aios_parallel.tracing.group_tracer import GroupTracer
 from aios_sched.config import SchedulerConfig
 from aios_sched.engine import Engine
 from aios_sched.executor import Executor
@@ -31,12 +33,16 @@ class BuiltEngine:
         info: What was built.
         files: Where the model came from, for whoever turns text into requests.
         close: Lets go of whatever runs the steps.
+        expert_load: Tells what a mixture's experts have had to do; to be asked between steps.
+        tracer: Shows where the time of a group of ranks goes; None for a single device.
     """
 
     port: EnginePort
     info: EngineInfo
     files: ModelFiles
     close: Callable[[], None]
+    expert_load: Callable[[], ExpertLoad]
+    tracer: GroupTracer | None = None
 
 
 def assemble(config: EngineConfig, plan: PoolPlan, limits: SchedulerConfig, executor: Executor) -> EnginePort:

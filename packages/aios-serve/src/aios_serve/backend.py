@@ -13,6 +13,9 @@ On a CPU, from the first line that applies:
 
 INT8 by channel is within rounding of BF16 in perplexity and reads half the bytes, and on a CPU a token costs what it
 reads. Other devices compute with torch, in the checkpoint's own type.
+
+Pages hold what `kv_cache_dtype` says, whoever attends: native kernels read them as they are, torch converts what it has
+gathered. "auto" is BF16 with native kernels, else what the decoder computes with.
 """
 
 from __future__ import annotations
@@ -24,9 +27,8 @@ import torch
 
 from aios_kvcache.native.kernels import KVCACHE_KERNELS, kvcache_library
 from aios_kvcache.native.native_cache import KV_DTYPES
-from aios_kvcache.sizing import native_kv_bytes_per_token
+from aios_kvcache.sizing import native_kv_bytes_per_token, torch_kv_bytes_per_token
 from aios_model.config_file import read_json
-from aios_model.errors import ConfigError
 from aios_model.model import ModelTransform, resolve_device
 from aios_model.native.base_library import MODEL_KERNELS, model_library
 from aios_model.native.library import NativeLibrary, build_layers
@@ -59,7 +61,8 @@ class Backend:
         dtype: What the decoder is loaded as, in the words of `load_decoder`.
         weight_dtype: What float weights are packed as for native kernels.
         pool: Threads of the native kernels; None if torch computes.
-        kv_dtype: Numbers in native pages; None if pages hold what the decoder computes with.
+        kv_dtype: Numbers in the pages; None if they hold what the decoder computes with.
+        native_pages: Whether native kernels attend, over pages of their layout.
         reason: Why native kernels are not used, or what they are compiled for.
     """
 
@@ -68,6 +71,7 @@ class Backend:
     weight_dtype: torch.dtype = torch.float32
     pool: ThreadPool | None = None
     kv_dtype: torch.dtype | None = None
+    native_pages: bool = False
     reason: str = field(default="")
 
     @property
@@ -79,8 +83,16 @@ class Backend:
         return [] if self.scheme == "none" else [quantize_model(scheme)]
 
     def kv_bytes_per_token(self, config: ModelConfig) -> int | None:
-        """Bytes of one token in native pages; None if pages hold what the decoder computes with."""
-        return None if self.kv_dtype is None else native_kv_bytes_per_token(config, KV_DTYPES[self.kv_dtype])
+        """Bytes of one token in the pages; None if they hold what the decoder computes with."""
+        if self.kv_dtype is None:
+            return None
+        bytes_per_token = native_kv_bytes_per_token if self.native_pages else torch_kv_bytes_per_token
+        return bytes_per_token(config, KV_DTYPES[self.kv_dtype])
+
+    def kv_dtype_name(self, computed: torch.dtype) -> str:
+        """What the pages hold, in the words of `kv_cache_dtype`, if the decoder computes with `computed`."""
+        kept = self.kv_dtype or computed
+        return KV_DTYPES.get(kept) or str(kept).removeprefix("torch.")
 
 
 def choose_backend(config: EngineConfig, files: ModelFiles) -> Backend:
@@ -102,18 +114,13 @@ def choose_backend(config: EngineConfig, files: ModelFiles) -> Backend:
     if scheme == "auto":
         scheme = "none" if config.dtype == "bfloat16" else AS_STORED if _is_packed(files) else DEFAULT_SCHEME
     pages_fit = config.block_size % NATIVE_LANES == 0 and config.kv_cache_policy == "paged"
-    if not pages_fit and config.kv_cache_dtype != "auto":
-        raise ConfigError(
-            f"kv_cache_dtype={config.kv_cache_dtype!r} needs native pages, whose block_size is a multiple of "
-            f"{NATIVE_LANES} (and kv_cache_policy 'paged'); block_size={config.block_size}"
-        )
-    kv_name = "bfloat16" if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     return Backend(
         scheme=scheme,
         dtype="float32",
         weight_dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         pool=get_pool(config.threads, cpu_bind=config.cpu_bind, own_torch_threads=True),
-        kv_dtype=getattr(torch, kv_name) if pages_fit else None,
+        kv_dtype=_kept(config) or (torch.bfloat16 if pages_fit else None),
+        native_pages=pages_fit,
         reason=status.reason,
     )
 
@@ -127,12 +134,12 @@ def _open_kernels() -> NativeLibrary:
 
 
 def _torch_backend(config: EngineConfig, scheme: str, reason: str) -> Backend:
-    if config.kv_cache_dtype not in ("auto", config.dtype):
-        raise ConfigError(
-            f"kv_cache_dtype={config.kv_cache_dtype!r} cannot be used: {reason}, and its pages hold what the model "
-            "computes with; leave it out"
-        )
-    return Backend(scheme=scheme, dtype=config.dtype, reason=reason)
+    return Backend(scheme=scheme, dtype=config.dtype, kv_dtype=_kept(config), reason=reason)
+
+
+def _kept(config: EngineConfig) -> torch.dtype | None:
+    """What the pages are to hold; None for "auto"."""
+    return next((dtype for dtype, name in KV_DTYPES.items() if name == config.kv_cache_dtype), None)
 
 
 def _is_packed(files: ModelFiles) -> bool:

@@ -12,6 +12,7 @@ from aios_kvcache.sizing import PoolPlan
 from aios_model.host_memory import return_freed_memory
 from aios_model.model import weight_bytes
 from aios_model.weights.hub import ModelFiles
+from aios_parallel.expert_load import ExpertCounter
 from aios_sched.config import SchedulerConfig
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
@@ -47,7 +48,8 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     port = assemble(config, plan, limits, executor)
     load_seconds = time.perf_counter() - started
     info = describe(config, files, part, plan, limits, import_seconds=import_seconds, load_seconds=load_seconds)
-    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown)
+    counter = ExpertCounter(part.decoder)
+    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown, expert_load=counter.load)
 
 
 def describe(
@@ -68,7 +70,7 @@ def describe(
         dtype=str(decoder.dtype if backend.pool is None else backend.weight_dtype).removeprefix("torch."),
         quantization=backend.scheme,
         kernels=backend.reason.partition("\n")[0],
-        kv_dtype=str(backend.kv_dtype or decoder.dtype).removeprefix("torch."),
+        kv_dtype=backend.kv_dtype_name(decoder.dtype),
         device=str(decoder.device),
         vocab_size=decoder.config.vocab_size,
         num_weight_bytes=weight_bytes(decoder),
@@ -83,4 +85,6 @@ def describe(
         threads=part.num_threads,
         import_seconds=import_seconds,
         load_seconds=load_seconds,
+        num_offloaded_bytes=0 if part.offloaded is None else part.offloaded.num_host_bytes,
+        num_staging_bytes=0 if part.offloaded is None else part.offloaded.num_staging_bytes,
     )

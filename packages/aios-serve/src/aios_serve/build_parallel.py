@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from aios_kvcache.sizing import PoolPlan
 from aios_model.config_file import read_model_config
 from aios_parallel.executor import GroupExecutor
+from aios_parallel.expert_load import ExpertLoad
 from aios_parallel.mesh import Mesh
+from aios_parallel.tracing.group_tracer import GroupTracer
 from aios_serve.assembly import BuiltEngine, assemble, scheduler_config
 from aios_serve.launching import start_ranks
 from aios_serve.model_info import EngineInfo
@@ -52,7 +54,15 @@ def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float |
     executor = GroupExecutor(ranks.group, mesh=mesh, vocab_size=reports[0].vocab_size)
     port = assemble(config, plan, limits, executor)
     info = _describe(reports, plan, limits.max_num_batched_tokens, mesh, seconds=time.perf_counter() - started)
-    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown)
+    tracer = GroupTracer(ranks.group, executor, mesh=mesh)
+
+    def expert_load() -> ExpertLoad:
+        answers = ranks.group.call("expert_load", [{}] * mesh.size, lambda *_: None)
+        return ExpertLoad.merged(ExpertLoad({layer: tuple(tokens) for layer, tokens in answer}) for answer in answers)
+
+    return BuiltEngine(
+        port=port, info=info, files=files, close=executor.shutdown, expert_load=expert_load, tracer=tracer
+    )
 
 
 def _set_up(
@@ -99,6 +109,8 @@ def _describe(
     import_seconds = max(report.import_seconds for report in reports)
     fields |= {
         "num_weight_bytes": sum(report.num_weight_bytes for report in reports),
+        "num_offloaded_bytes": sum(report.num_offloaded_bytes for report in reports),
+        "num_staging_bytes": sum(report.num_staging_bytes for report in reports),
         "num_blocks": plan.num_blocks,
         "num_kv_bytes": plan.num_bytes,
         "max_model_len": plan.max_model_len,

@@ -99,6 +99,8 @@ class KVCacheDType(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     int8 = "int8"
+    fp8 = "fp8"
+    fp8_e4m3 = "fp8_e4m3"
 
 
 class ExecutorBackend(StrEnum):
@@ -299,6 +301,15 @@ def serve(
         str | None,
         _option("--kv-cache-memory-bytes", panel=_MEMORY, metavar="BYTES", help="Size of the KV cache, such as 4GiB."),
     ] = None,
+    cpu_offload_gb: Annotated[
+        float,
+        _option(
+            "--cpu-offload-gb",
+            panel=_MEMORY,
+            metavar="GIB",
+            help="GiB of weights of each GPU that stay in host memory, in whole layers that stream in ahead of use.",
+        ),
+    ] = ENGINE.cpu_offload_gb,
     num_gpu_blocks_override: Annotated[
         int | None,
         _option("--num-gpu-blocks-override", panel=_MEMORY, help="Number of KV pages, whatever the memory; CPU too."),
@@ -325,7 +336,8 @@ def serve(
         _option(
             "--kv-cache-dtype",
             panel=_MEMORY,
-            help="Numbers in the KV pages. auto: bfloat16 with native kernels, else what the model computes with.",
+            help="Numbers in the KV pages. auto: bfloat16 with native kernels, else what the model computes with. "
+            "fp8_e4m3 is fp8.",
         ),
     ] = KVCacheDType.auto,
     max_num_seqs: Annotated[
@@ -517,6 +529,7 @@ def serve(
         else parse_count(kv_cache_memory_bytes, option="kv_cache_memory_bytes"),
         num_gpu_blocks_override=num_gpu_blocks_override,
         device_memory_utilization=device_memory_utilization,
+        cpu_offload_gb=cpu_offload_gb,
         kv_cache_policy=kv_cache_policy.value,
         kv_cache_dtype=kv_cache_dtype.value,
         scheduling_policy=scheduling_policy.value,

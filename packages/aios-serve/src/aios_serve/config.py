@@ -20,7 +20,7 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
-KVCacheDType = Literal["auto", "float32", "bfloat16", "int8"]
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
 RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -51,6 +51,8 @@ class EngineConfig:
         num_gpu_blocks_override: Number of pages, whatever the memory; vLLM's name, on the CPU too.
         device_memory_utilization: Share of the memory that is free once the weights are loaded, for the pool. None is
             0.9 on a GPU; on the CPU it is 0.25, and no more than max_num_seqs requests of full length need.
+        cpu_offload_gb: GiB of weights, per rank, that stay in host memory: whole layers, streamed to the GPU ahead of
+            use; vLLM's name. Steps then take no less than the time to copy them. Not for the CPU.
         kv_cache_policy: "paged", or "contiguous": one reservation of max_model_len per slot, for comparison.
         scheduling_policy: Who is admitted next, and who gives way: "fcfs" by arrival, "priority" by the requests' own
             priorities and their age, "fair" shares between tenants, "prefix" cached prompts first.
@@ -77,8 +79,9 @@ class EngineConfig:
         rank_timeout: Seconds without a sign of life, or of progress with a step, after which a rank counts as lost.
         quantization: Scheme of the weights: "int8", "int4", "fp8", "as-stored" and more (`aios_quant.SCHEME_NAMES`),
             "none" for plain numbers, or "auto": on a CPU the fastest that keeps the quality, see `backend.py`.
-        kv_cache_dtype: Numbers in the pages: "bfloat16" and "int8" need native kernels; "auto" is bfloat16 with them
-            and what the model computes with elsewhere.
+        kv_cache_dtype: Numbers in the pages: "float32", "bfloat16", "int8" with a scale per token and head, or "fp8"
+            (E4M3, also called "fp8_e4m3"); "auto" is bfloat16 with native kernels and what the model computes with
+            elsewhere.
         cpu_bind: Cores that the native kernels' threads are bound to: "none", "auto" (fills one NUMA node before the
             next), or a list such as "0-3,8".
         engine_process: Run the engine in a process of its own (`AsyncEngine` only).
@@ -109,6 +112,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
     device_memory_utilization: float | None = None
+    cpu_offload_gb: float = 0.0
     kv_cache_policy: KVCachePolicy = "paged"
     scheduling_policy: PolicyName = "fcfs"
     priority_aging_seconds: float | None = None
@@ -168,6 +172,8 @@ class EngineConfig:
         self._set("served_model_name", (names,) if isinstance(names, str) else tuple(names or ()))
         if self.quantization is None:
             self._set("quantization", "none")
+        if self.kv_cache_dtype == "fp8_e4m3":
+            self._set("kv_cache_dtype", "fp8")
         if self.generation_config == "vllm":
             self._set("generation_config", "none")
 
@@ -230,6 +236,8 @@ class EngineConfig:
         share = self.device_memory_utilization
         if share is not None and not 0 < share <= 1:
             raise _bad("device_memory_utilization", share, "it is a share above 0 and up to 1, such as 0.9")
+        if not 0 <= self.cpu_offload_gb < float("inf"):
+            raise _bad("cpu_offload_gb", self.cpu_offload_gb, "it is a number of GiB from 0, such as 4")
         for name in ("heartbeat_timeout", "rank_timeout", "request_timeout", "priority_aging_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
@@ -246,6 +254,10 @@ class EngineConfig:
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError(
                 "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
+            )
+        if self.cpu_offload_gb and self.device == "cpu":
+            raise _bad(
+                "cpu_offload_gb", self.cpu_offload_gb, "on the CPU weights are in host memory already; leave it out"
             )
         if self.data_parallel > 1 and not self.engine_process:
             raise _bad("data_parallel", self.data_parallel, "each replica is a process; leave engine_process on")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from aios_model.generation_config import GenerationDefaults
     from aios_model.tokenizer.tokenizer import Tokenizer
+    from aios_parallel.expert_load import ExpertLoad
+    from aios_parallel.tracing.group_tracer import GroupTracer
     from aios_sched.stats import EngineStats
     from aios_serve.assembly import BuiltEngine
     from aios_serve.model_info import EngineInfo
@@ -97,9 +99,18 @@ class InferenceEngine:
         """Sampling defaults of the model, applied where no params are given."""
         return self._served.generation_defaults
 
+    @property
+    def tracer(self) -> GroupTracer | None:
+        """Shows where the time of a group of ranks goes, from `start` to `stop`; None where there is one device."""
+        return self._built.tracer
+
     def stats(self) -> EngineStats:
         """The engine's counters."""
         return self._port.stats()
+
+    def expert_load(self) -> ExpertLoad:
+        """How many tokens each expert of a mixture was sent so far; empty for models without experts."""
+        return self._built.expert_load()
 
     def generate(
         self,

@@ -15,7 +15,7 @@ class EngineInfo:
         dtype: What the model computes with: "float32", "bfloat16", "float16" or "float64".
         quantization: Scheme of the weights, "none" for plain numbers.
         kernels: What computes, and why: "native kernels for avx512", or why torch does.
-        kv_dtype: Numbers in the pages: "bfloat16", "int8", …
+        kv_dtype: Numbers in the pages: "bfloat16", "int8", "fp8", …
         device: "cpu" or "cuda".
         vocab_size: Width of the output layer: every token id of a request must be below it.
         num_weight_bytes: Memory of the weights.
@@ -30,6 +30,8 @@ class EngineInfo:
         threads: Threads that compute on the CPU.
         import_seconds: Time taken by `import torch`, 0 if it was imported already.
         load_seconds: Time from then until ready.
+        num_offloaded_bytes: Of the weights, those in host memory that stream to the device ahead of use.
+        num_staging_bytes: Device memory of the buffers through which they come.
         tensor_parallel: Ranks that share each layer; bytes and threads above are those of all ranks.
         pipeline_parallel: Stages of the pipeline.
     """
@@ -54,5 +56,7 @@ class EngineInfo:
     threads: int
     import_seconds: float
     load_seconds: float
+    num_offloaded_bytes: int = 0
+    num_staging_bytes: int = 0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1

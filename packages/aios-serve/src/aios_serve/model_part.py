@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -11,11 +12,15 @@ import torch
 from aios_kvcache.native.native_cache import NativePagedKVCache
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
+from aios_model.config_file import read_model_config
 from aios_model.decoder import DecoderModel
-from aios_model.model import ModelTransform, load_decoder
+from aios_model.errors import ConfigError
+from aios_model.model import ModelTransform, load_decoder, resolve_device, resolve_dtype
 from aios_model.native.cores import usable_cores
 from aios_model.sampling.sampler import Sampler
 from aios_model.weights.hub import ModelFiles
+from aios_parallel.offload.device import StreamingDevice, streaming_device
+from aios_parallel.offload.weights import OffloadedWeights, WeightOffload
 from aios_quant.checkpoints.source import quantized_checkpoint
 from aios_quant.native.decoder import NativeDecoder, unsupported
 from aios_quant.native.reduction import StepReduction
@@ -39,12 +44,14 @@ class ModelPart:
         decoder: The network, or what of it this process holds.
         backend: What computes.
         num_neighbours: Processes that share this host's memory, this one included.
+        offloaded: Weights in host memory that stream to the device; None if all are where they are computed with.
     """
 
     config: EngineConfig
     decoder: DecoderModel
     backend: Backend
     num_neighbours: int = 1
+    offloaded: OffloadedWeights | None = None
 
     @classmethod
     def load(
@@ -54,6 +61,7 @@ class ModelPart:
         *,
         transforms: Sequence[ModelTransform] = (),
         num_neighbours: int = 1,
+        streaming: StreamingDevice | None = None,
         progress: Progress,
     ) -> ModelPart:
         """Reads the weights.
@@ -63,6 +71,7 @@ class ModelPart:
             files: Where the checkpoint is.
             transforms: What leaves parts of the model to other ranks.
             num_neighbours: As the attribute.
+            streaming: What offloaded weights stream to; None for the device of the options.
             progress: Told what is being done.
 
         Raises:
@@ -72,18 +81,26 @@ class ModelPart:
         torch.set_num_threads(config.threads or default_threads())
         progress("choosing kernels", None)
         backend = choose_backend(config, files)
+        offload = _prepare_offload(config, files, backend, num_neighbours, streaming)
         decoder = load_decoder(
             files,
             dtype=backend.dtype,
             device=config.device,
             load_format=config.load_format,
             context_length=config.max_model_len,
-            transforms=[*backend.transforms, *transforms],
+            transforms=[*backend.transforms, *transforms, *([] if offload is None else [offload.choose])],
             source_transforms=[quantized_checkpoint],
             seed=config.seed or 0,
+            on_loaded=None if offload is None else offload.take,
             progress=progress,
         )
-        return cls(config=config, decoder=decoder, backend=backend, num_neighbours=num_neighbours)
+        return cls(
+            config=config,
+            decoder=decoder,
+            backend=backend,
+            num_neighbours=num_neighbours,
+            offloaded=None if offload is None else offload.install(decoder),
+        )
 
     @property
     def num_threads(self) -> int:
@@ -119,13 +136,14 @@ class ModelPart:
         """
         decoder, backend = self.decoder, self.backend
         sampler = Sampler(vocab_size=decoder.config.vocab_size, device=decoder.device, pool=backend.pool)
-        if backend.pool is None or backend.kv_dtype is None:
+        if backend.pool is None or backend.kv_dtype is None or not backend.native_pages:
             cache = PagedKVCache(
                 decoder.local_config,
                 num_blocks=plan.num_blocks,
                 block_size=plan.block_size,
                 dtype=decoder.dtype,
                 device=decoder.device,
+                kv_dtype=backend.kv_dtype,
             )
             return decoder, cache, sampler
         pages = NativePagedKVCache(
@@ -156,6 +174,34 @@ class ModelPart:
             return device_budget(free_bytes=free_bytes, total_bytes=total_bytes, device_memory_utilization=share)
         share = config.device_memory_utilization
         return None if share is None else int(self._available_bytes() * share)
+
+
+def _prepare_offload(
+    config: EngineConfig,
+    files: ModelFiles,
+    backend: Backend,
+    num_neighbours: int,
+    streaming: StreamingDevice | None,
+) -> WeightOffload | None:
+    """What keeps layers in host memory, if that was asked for.
+
+    Raises:
+        ConfigError: The model computes from host memory, or that has too little room.
+    """
+    if not config.cpu_offload_gb:
+        return None
+    device = resolve_device(config.device)
+    num_bytes = math.ceil(config.cpu_offload_gb * 2**30)
+    target = streaming or streaming_device(device)
+    processes = num_neighbours * config.data_parallel
+    room = available_memory() // processes
+    if num_bytes > room:
+        raise ConfigError(
+            f"cpu_offload_gb={config.cpu_offload_gb:g} cannot be used: {room / 2**30:.1f} GiB of host memory are free "
+            f"for each of {processes} processes here; ask for less, or spread the model over more devices"
+        )
+    dtype = resolve_dtype(backend.dtype, read_model_config(files, allow_quantized=True), device)
+    return WeightOffload(num_bytes, target, dtype=dtype)
 
 
 def default_threads() -> int:

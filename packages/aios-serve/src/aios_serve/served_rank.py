@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -13,12 +13,14 @@ from aios_kvcache.sizing import PoolPlan
 from aios_model.decoder import DecoderLayer, DecoderModel
 from aios_model.host_memory import return_freed_memory
 from aios_model.native.cores import resolve_cpu_bind, usable_cores
-from aios_parallel.mesh import Mesh
+from aios_parallel.expert_load import ExpertCounter
+from aios_parallel.mesh import Mesh, Place
 from aios_parallel.pipeline import split_stages
 from aios_parallel.rank_groups import GroupStore, RankGroups, Rendezvous, needs_store, open_groups, open_store
 from aios_parallel.stage_plan import plan_stages
 from aios_parallel.stage_runner import StageRunner
 from aios_parallel.tensor_parallel import shard_model
+from aios_parallel.tracing.rank_tracer import TRACE_CALLS, RankTracer
 from aios_quant.native.decoder import NativeDecoder
 from aios_quant.native.reduction import PythonReduction, StepReduction
 from aios_serve.assembly import scheduler_config
@@ -32,6 +34,25 @@ if TYPE_CHECKING:
     from aios_sched.output import SchedulerOutput, StepResult
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Membership:
+    """What a rank knows of itself and the others, once it has met them.
+
+    Attributes:
+        config: The options, with its share of the host's cores.
+        place: Where it stands.
+        rendezvous: Where the others are.
+        device: Where it computes.
+        num_neighbours: Ranks on its host, itself included.
+    """
+
+    config: EngineConfig
+    place: Place
+    rendezvous: Rendezvous
+    device: torch.device
+    num_neighbours: int
+
+
 class ServedRank:
     """See `aios_parallel.control.rank_loop.Rank`.
 
@@ -42,15 +63,18 @@ class ServedRank:
     def __init__(self, *, import_seconds: float = 0.0) -> None:
         self._import_seconds = import_seconds
         self._started = time.perf_counter()
+        self._member: _Membership | None = None
         self._store: GroupStore | None = None
         self._groups: RankGroups | None = None
         self._part: ModelPart | None = None
         self._runner: StageRunner | None = None
+        self._expert_counter: ExpertCounter | None = None
         self._native: NativeDecoder | None = None
         self._num_layers_done = 0  # by modules
+        self.tracer = RankTracer()
 
     def call(self, name: str, arguments: dict[str, Any], report: Progress) -> Any:
-        """See Rank: `meet`, `load` and `allocate`, in this order."""
+        """See Rank: `meet`, `load` and `allocate`, in this order; then `expert_load` and those of the tracer."""
         match name:
             case "meet":
                 return self._meet(**arguments)
@@ -58,6 +82,11 @@ class ServedRank:
                 return self._load(report, **arguments)
             case "allocate":
                 return self._allocate(**arguments)
+            case "expert_load":
+                assert self._expert_counter is not None, "experts come with the weights"
+                return list(self._expert_counter.load().tokens.items())
+            case _ if name in TRACE_CALLS:
+                return self.tracer.answer(name, arguments)
             case _:
                 raise ValueError(f"a rank has no function {name!r}")
 
@@ -87,54 +116,51 @@ class ServedRank:
         addresses: list[str],
     ) -> int | None:
         """Learns who the others are; the first rank opens a store if they need one, and tells its port."""
-        self._config = _own_config(msgspec.convert(config, EngineConfig), rank=rank, hosts=hosts)
-        mesh = Mesh(tensor=self._config.tensor_parallel, pipeline=self._config.pipeline_parallel)
-        self._place = mesh.place(rank)
-        self._num_neighbours = hosts.count(hosts[rank])
-        self._rendezvous = Rendezvous(run_id=run_id, mesh=mesh, hosts=tuple(hosts), addresses=tuple(addresses))
-        self._device = _own_device(self._config, hosts[:rank].count(hosts[rank]))
-        if rank == 0 and needs_store(mesh, tuple(hosts), on_gpu=self._device.type == "cuda"):
+        own = _own_config(msgspec.convert(config, EngineConfig), rank=rank, hosts=hosts)
+        mesh = Mesh(tensor=own.tensor_parallel, pipeline=own.pipeline_parallel)
+        device = _own_device(own, hosts[:rank].count(hosts[rank]))
+        self._member = _Membership(
+            config=own,
+            place=mesh.place(rank),
+            rendezvous=Rendezvous(run_id=run_id, mesh=mesh, hosts=tuple(hosts), addresses=tuple(addresses)),
+            device=device,
+            num_neighbours=hosts.count(hosts[rank]),
+        )
+        if rank == 0 and needs_store(mesh, tuple(hosts), on_gpu=device.type == "cuda"):
             self._store = open_store(addresses[0] or "127.0.0.1")
             return self._store.port
         return None
 
     def _load(self, report: Progress, *, store: tuple[str, int] | None) -> dict[str, Any]:
         """Joins the groups, reads the rank's part of the weights; returns what it looks like."""
+        member = self._member
+        assert member is not None, "ranks meet before they load"
         report("meeting the other ranks", None)
-        self._rendezvous = replace(self._rendezvous, store=store and tuple(store))
-        groups = open_groups(self._place, self._rendezvous, device=self._device, store=self._store)
-        self._groups = groups
-        files = find_model(self._config)
+        rendezvous = replace(member.rendezvous, store=store and tuple(store))
+        self._groups = groups = open_groups(member.place, rendezvous, device=member.device, store=self._store)
+        self.tracer.watch(tensor=groups.tensor, pipeline=groups.pipeline)
+        files = find_model(member.config)
         self._part = part = ModelPart.load(
-            self._config,
+            member.config,
             files,
-            transforms=self._transforms(groups),
-            num_neighbours=self._num_neighbours,
+            transforms=_transforms(member, groups),
+            num_neighbours=member.num_neighbours,
             progress=report,
         )
+        self._expert_counter = ExpertCounter(part.decoder)
         plan = part.plan()
-        limits = scheduler_config(self._config, plan, on_cpu=self._device.type == "cpu")
+        limits = scheduler_config(member.config, plan, on_cpu=member.device.type == "cpu")
         seconds = time.perf_counter() - self._started
         info = describe(
-            self._config, files, part, plan, limits, import_seconds=self._import_seconds, load_seconds=seconds
+            member.config, files, part, plan, limits, import_seconds=self._import_seconds, load_seconds=seconds
         )
         return {"info": asdict(info), "plan": asdict(plan)}
 
-    def _transforms(self, groups: RankGroups) -> list[ModelTransform]:
-        def split(decoder: DecoderModel) -> None:
-            split_stages(self._place, plan_stages(decoder.config, self._place.mesh.pipeline))(decoder)
-
-        shard = shard_model(
-            groups.tensor,
-            expert_parallel=self._config.expert_parallel,
-            shard_embedding=self._device.type != "cpu",
-        )
-        return [split, shard]
-
     def _allocate(self, *, plan: dict[str, Any]) -> None:
         """Reserves as many pages as every rank has, and builds what runs steps."""
+        assert self._member is not None, "ranks have met by now"
+        assert self._groups is not None, "groups are open by now"
         assert self._part is not None, "pages come after weights"
-        assert self._groups is not None, "ranks have met by now"
         tensor, decoder = self._groups.tensor, self._part.decoder
         reduce: StepReduction | None = None
         if tensor.size > 1:
@@ -149,7 +175,7 @@ class ServedRank:
             model,
             pages,
             sampler,
-            place=self._place,
+            place=self._member.place,
             tensor_group=tensor,
             pipeline_group=self._groups.pipeline,
             hidden_size=decoder.config.hidden_size,
@@ -159,6 +185,20 @@ class ServedRank:
 
     def _count_layer(self, *_: object) -> None:
         self._num_layers_done += 1
+
+
+def _transforms(member: _Membership, groups: RankGroups) -> list[ModelTransform]:
+    """What leaves of a decoder the rank's part."""
+
+    def split(decoder: DecoderModel) -> None:
+        split_stages(member.place, plan_stages(decoder.config, member.place.mesh.pipeline))(decoder)
+
+    shard = shard_model(
+        groups.tensor,
+        expert_parallel=member.config.expert_parallel,
+        shard_embedding=member.device.type != "cpu",
+    )
+    return [split, shard]
 
 
 def _own_config(config: EngineConfig, *, rank: int, hosts: list[str]) -> EngineConfig:

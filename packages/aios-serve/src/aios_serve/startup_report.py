@@ -66,6 +66,12 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
     )
     if config.num_ranks > 1:
         yield f"  ranks     {_ranks(info)}; weights, threads and KV cache are those of all"
+    if info.num_offloaded_bytes:
+        yield (
+            f"  offload   {_megabytes(info.num_offloaded_bytes)} of them in host memory (--cpu-offload-gb "
+            f"{config.cpu_offload_gb:g}), through {_megabytes(info.num_staging_bytes)} of buffers; "
+            "a step takes as long as copying them at least"
+        )
     if config.data_parallel > 1:
         yield (
             f"  replicas  {config.data_parallel} engines, requests routed by {config.data_parallel_routing}; "

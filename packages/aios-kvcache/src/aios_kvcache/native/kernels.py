@@ -10,12 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from aios_kvcache.layout import NativeKvDtype
+from aios_kvcache.layout import KvDtype
 from aios_model.native.isa import Isa
 from aios_model.native.library import LayerKernels, NativeLibrary, load_library
 
 KVCACHE_KERNELS = LayerKernels("aios_kvcache", below=("aios_model",))
-KV_TYPES: dict[NativeKvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2}
+KV_TYPES: dict[KvDtype, int] = {"float32": 0, "bfloat16": 1, "int8": 2, "fp8": 3}
 
 
 class KvPool(ctypes.Structure):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from aios_kvcache.block import BlockCopy, independent_waves
-from aios_kvcache.layout import NativeKvDtype, native_shapes, why_not_native
+from aios_kvcache.layout import KvDtype, native_shapes, why_not_native
 from aios_kvcache.native.batch_buffer import BatchBuffer
 from aios_kvcache.native.kernels import KV_TYPES, AttentionBatch, KvPool, attention_kernels, kvcache_library
 from aios_kvcache.pool_memory import allocate_pool
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from aios_model.native.library import NativeLibrary
     from aios_model.native.threads import ThreadPool
 
-KV_DTYPES: dict[torch.dtype, NativeKvDtype] = {
+KV_DTYPES: dict[torch.dtype, KvDtype] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.int8: "int8",
+    torch.float8_e4m3fn: "fp8",
 }
 
 
@@ -45,7 +46,8 @@ class NativePagedKVCache:
         num_blocks: Pages to hand out; the null page comes on top.
         block_size: Tokens per page, a multiple of 16.
         pool: The threads that do the work.
-        kv_dtype: How keys and values are kept: float32, bfloat16, or int8 with a scale per token and head.
+        kv_dtype: How keys and values are kept: float32, bfloat16, int8 with a scale per token and head, or
+            float8_e4m3fn.
         dtype: Of the model's activations, for the record; `attend` takes and returns any floating dtype.
         device: Must be a CPU.
         library: The kernels; None for those of the best instruction set of this CPU.
@@ -92,6 +94,11 @@ class NativePagedKVCache:
     def num_bytes(self) -> int:
         """Bytes reserved for keys, values and scales, null page included."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors)
+
+    @property
+    def page_tensors(self) -> list[Tensor]:
+        """Keys, values and scales of every layer, pages first: what a page consists of, for whoever moves pages."""
+        return [tensor for layer in self.layers for tensor in layer.tensors]
 
     @property
     def batch(self) -> AttentionBatch:
@@ -178,18 +185,21 @@ class NativeLayer:
         block_size: Tokens per page.
 
     Attributes:
+        dtype: How numbers are kept.
         keys: [X, K, C/16, H, 16]; [X, K, C/16, H/2, 16, 2] for bfloat16; uint8 [X, K, C/16, Hp/4, 16, 4] for int8.
         values: [X, K, C, W]; [X, K, C/4, W, 4] for int8.
+            Both are uint8 for fp8, bit by bit a float8_e4m3fn.
         key_scales: [X, K, C] float32; None unless int8.
         value_scales: [X, K, C] float32; None unless int8.
         kv_pool: The same for C.
     """
 
-    def __init__(self, spec: LayerSpec, *, dtype: NativeKvDtype, num_blocks: int, block_size: int) -> None:
+    def __init__(self, spec: LayerSpec, *, dtype: KvDtype, num_blocks: int, block_size: int) -> None:
         shapes = native_shapes(spec, dtype=dtype, num_blocks=num_blocks, block_size=block_size)
         kept = next(kept for kept, name in KV_DTYPES.items() if name == dtype)
-        self.keys = _zeros(shapes.keys, torch.uint8 if dtype == "int8" else kept)
-        self.values = _zeros(shapes.values, kept)
+        self.dtype = dtype
+        self.keys = _zeros(shapes.keys, torch.uint8 if dtype in ("int8", "fp8") else kept)
+        self.values = _zeros(shapes.values, torch.uint8 if dtype == "fp8" else kept)
         self.key_scales = None if shapes.scales is None else _zeros(shapes.scales, torch.float32)
         self.value_scales = None if shapes.scales is None else _zeros(shapes.scales, torch.float32)
         self.kv_pool = KvPool(

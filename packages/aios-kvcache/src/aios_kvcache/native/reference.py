@@ -6,22 +6,19 @@ T newest of S tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from aios_kvcache.layout import LANES, NativeKvDtype
+from aios_kvcache.layout import LANES, KvDtype
+from aios_kvcache.stored_heads import quantize_heads, round_to_fp8
 from aios_model.cache import causal_mask
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aios_kvcache.native.native_cache import NativeLayer
-
-SMALLEST_AMAX = 1e-30
-"""Heads in which nothing is larger count as zero: 127 / amax would overflow."""
 
 CODE_OFFSET = 128
 """Added to the codes of int8 keys, which are kept unsigned."""
@@ -32,36 +29,12 @@ SEGMENT = 256
 LARGEST_WEIGHT = 65535.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QuantizedHeads:
-    """Keys or values as int8 pages keep them: number = code * scale.
-
-    Attributes:
-        codes: int8 [..., H].
-        scales: float32 [...], one per token and head.
-    """
-
-    codes: Tensor
-    scales: Tensor
-
-    def dequantize(self) -> Tensor:
-        """float32 [..., H]."""
-        return self.codes.float() * self.scales[..., None]
-
-
-def quantize_heads(x: Tensor) -> QuantizedHeads:
-    """Rounds float32 [..., H] as `store_kv` does: scale = amax / 127, code = round_half_even(x * (127 / amax))."""
-    amax = x.abs().amax(-1)
-    full = torch.full_like(amax, 127.0)  # torch computes 127 / tensor as a product with the reciprocal, rounded twice
-    zero = amax < SMALLEST_AMAX
-    codes = torch.round(x * torch.where(zero, 0.0, full / amax)[..., None])
-    return QuantizedHeads(codes=codes.to(torch.int8), scales=torch.where(zero, 0.0, amax / full))
-
-
-def round_as_stored(x: Tensor, dtype: NativeKvDtype) -> Tensor:
+def round_as_stored(x: Tensor, dtype: KvDtype) -> Tensor:
     """What float32 [..., H] reads as once it has been in a page: float32."""
     if dtype == "int8":
         return quantize_heads(x).dequantize()
+    if dtype == "fp8":
+        return round_to_fp8(x).float()
     return x.to(torch.bfloat16).float() if dtype == "bfloat16" else x
 
 
@@ -101,8 +74,8 @@ def attend_codes(q_TNH: Tensor, k_SKH: Tensor, v_SKH: Tensor, *, scale: float, w
 
 def read_keys(layer: NativeLayer, block_table: Sequence[int], num_tokens: int) -> Tensor:
     """A sequence's keys out of their pages: float32 [S, K, H]."""
-    pages = layer.keys[list(block_table)].float()
-    if layer.keys.dtype == torch.uint8:
+    pages = _as_numbers(layer, layer.keys[list(block_table)]).float()
+    if layer.dtype == "int8":
         pages = pages - CODE_OFFSET
     if pages.dim() == 6:  # pairs [W, K, C/16, H/2, 16, 2], or fours -> [W, K, C/16, H, 16]
         pages = pages.movedim(-1, -2).flatten(3, 4)[..., : layer.kv_pool.head_dim, :]
@@ -114,7 +87,7 @@ def read_keys(layer: NativeLayer, block_table: Sequence[int], num_tokens: int) -
 
 def read_values(layer: NativeLayer, block_table: Sequence[int], num_tokens: int) -> Tensor:
     """A sequence's values out of their pages: float32 [S, K, W]; W >= H, zeros behind H."""
-    pages = layer.values[list(block_table)]
+    pages = _as_numbers(layer, layer.values[list(block_table)])
     if pages.dtype == torch.bfloat16:
         pages = unpair_values(pages)
     elif pages.dtype == torch.int8:  # fours [X, K, C/4, W, 4] -> [X, K, C, W]
@@ -130,6 +103,10 @@ def unpair_values(values: Tensor) -> Tensor:
     paired = values.shape[-1] // (2 * LANES) * 2 * LANES
     whole = values[..., :paired].unflatten(-1, (-1, LANES, 2)).transpose(-1, -2).flatten(-3)
     return torch.cat([whole, values[..., paired:]], dim=-1)
+
+
+def _as_numbers(layer: NativeLayer, pages: Tensor) -> Tensor:
+    return pages.view(torch.float8_e4m3fn) if layer.dtype == "fp8" else pages
 
 
 def _read_scales(scales_XKC: Tensor, block_table: Sequence[int]) -> Tensor:

@@ -104,6 +104,14 @@ class RankGroup:
                 report(event.stage, event.fraction)
         return [answers[rank] for rank in range(self.size)]
 
+    def call_rank(self, rank: int, name: str, arguments: dict[str, Any]) -> Any:
+        """Runs a function on one rank only; errors as of `call`."""
+        self._send(rank, encode_frame(Call(name, arguments)))
+        while True:
+            sender, event = self.next_event()
+            if sender == rank and isinstance(event, Answer):
+                return event.result
+
     def start_steps(self) -> None:
         """From now on a silent rank is lost within seconds."""
         for watch in self._watch:

@@ -7,7 +7,8 @@ msgpack body; nothing is ever pickled, so a message can only be one of the shape
       Call(name, arguments)  ───►     sets something up
                              ◄───     Progress(stage, fraction) …, then Answer(result)
       Step(rows)             ───►     runs its part of a step
-                             ◄───     StepDone(sampled), from the rank that draws the tokens
+                             ◄───     StepDone(sampled), from the rank that draws the tokens;
+                                      from all ranks if pages were read from disk, for each reads its own
                              ◄───     StepFailed(reason), from any
                              ◄───     Beat(progress), twice a second: a sign of life
                              ◄───     Failure(reason): the rank cannot go on
@@ -20,6 +21,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from aios_kvcache.swap import SwapKind
 from aios_model.sampling.rows import TokenLogprobs
 from aios_parallel.errors import WireError
 
@@ -57,7 +59,7 @@ class StepRow(msgspec.Struct, frozen=True, array_like=True):
     new_outputs: list[int] = []
 
 
-class Step(msgspec.Struct, frozen=True, tag="step"):
+class Step(msgspec.Struct, frozen=True, omit_defaults=True, tag="step"):
     """One step, as `aios_sched.output.SchedulerOutput`; `finished` come first, then `new`, then the rows."""
 
     step_id: int
@@ -65,6 +67,8 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     new: list[NewRequest]
     rows: list[StepRow]
     block_copies: list[tuple[int, int]]
+    first_swap: int = 0
+    swaps: list[tuple[SwapKind, int, int]] = []  # kind, source, target
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):
@@ -88,11 +92,15 @@ class Sampled(msgspec.Struct, frozen=True, array_like=True):
     logprobs: TokenLogprobs | None = None
 
 
-class StepDone(msgspec.Struct, frozen=True, tag="done"):
-    """The tokens of a step."""
+class StepDone(msgspec.Struct, frozen=True, omit_defaults=True, tag="done"):
+    """The tokens of a step, and the moves of pages that failed on this rank.
+
+    From the rank that draws the tokens; and from every rank, without tokens, if the step reads pages from disk.
+    """
 
     step_id: int
     sampled: list[Sampled]
+    lost_swaps: list[int] = []
 
 
 class StepFailed(msgspec.Struct, frozen=True, tag="step_failed"):

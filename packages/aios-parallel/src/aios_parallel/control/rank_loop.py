@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aios_parallel.control.connection import Connection
+    from aios_parallel.tracing.rank_tracer import RankTracer
     from aios_sched.output import SchedulerOutput, StepResult
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,11 @@ class Rank(Protocol):
         """Collectives and transfers that it has joined."""
         ...
 
+    @property
+    def tracer(self) -> RankTracer:
+        """Is told of every step."""
+        ...
+
 
 def serve_rank(connection: Connection, rank: Rank) -> int:
     """Serves the driver until it closes the connection; returns the exit status.
@@ -61,7 +67,9 @@ def serve_rank(connection: Connection, rank: Rank) -> int:
         for command in connection:
             state.is_busy = True
             if isinstance(command, Step):
+                begin = rank.tracer.now()
                 _run_step(connection, rank, decoder, command)
+                rank.tracer.step(begin, command)
             elif not _call(connection, rank, command):
                 return 1
             state.is_busy = False

@@ -6,10 +6,12 @@ and history of every request. Both ends keep the same books, and the driver's de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from aios_kvcache.block import BlockCopy
+from aios_kvcache.swap import Swap
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import SampledToken, SamplingRow
 from aios_parallel.control.messages import NewRequest, Sampled, Step, StepDone, StepRow
@@ -42,6 +44,8 @@ class StepEncoder:
             rows=[self._row(request, new) for request in output.requests],
             new=new,
             block_copies=[(copy.source, copy.destination) for copy in output.block_copies],
+            first_swap=output.first_swap,
+            swaps=[(swap.kind, swap.source, swap.target) for swap in output.swaps],
         )
 
     def _row(self, request: ScheduledRequest, new: list[NewRequest]) -> StepRow:
@@ -99,6 +103,8 @@ class StepDecoder:
             block_copies=tuple(BlockCopy(source=source, destination=target) for source, target in step.block_copies),
             num_scheduled_tokens=sum(len(row.token_ids) for row in rows),
             finished_request_ids=tuple(step.finished),
+            first_swap=step.first_swap,
+            swaps=tuple(Swap(kind, source, target) for kind, source, target in step.swaps),
         )
 
     def _row(self, row: StepRow) -> ScheduledRequest:
@@ -129,13 +135,19 @@ class StepDecoder:
 
 def encode_result(step_id: int, result: StepResult) -> StepDone:
     """The message for the tokens of a step."""
-    return StepDone(step_id, [Sampled(key, token.token_id, token.logprobs) for key, token in result.sampled.items()])
+    sampled = [Sampled(key, token.token_id, token.logprobs) for key, token in result.sampled.items()]
+    return StepDone(step_id, sampled, list(result.lost_swaps))
 
 
-def decode_result(done: StepDone) -> StepResult:
-    """The tokens of a step."""
+def decode_results(parts: Sequence[StepDone]) -> StepResult:
+    """The tokens of a step, and what any of the ranks has lost."""
     return StepResult(
-        sampled={each.request_id: SampledToken(token_id=each.token_id, logprobs=each.logprobs) for each in done.sampled}
+        sampled={
+            each.request_id: SampledToken(token_id=each.token_id, logprobs=each.logprobs)
+            for part in parts
+            for each in part.sampled
+        },
+        lost_swaps=tuple(sorted({number for part in parts for number in part.lost_swaps})),
     )
 
 

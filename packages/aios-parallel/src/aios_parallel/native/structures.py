@@ -10,6 +10,7 @@ from enum import IntEnum
 from typing import Any, cast
 
 from aios_model.native.library import LayerKernels, NativeLibrary, load_library
+from aios_parallel.tracing.span_ring import RingHeader
 
 PARALLEL_KERNELS = LayerKernels("aios_parallel", below=("aios_model",))
 
@@ -57,6 +58,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "aios_group_attached": (c_uint64, c_void_p),
     "aios_group_detach": (None, c_void_p),
     "aios_group_abort": (None, c_void_p),
+    "aios_group_trace": (None, c_void_p, POINTER(RingHeader)),
     "aios_all_reduce": (c_int32, c_void_p, c_void_p, c_int64, c_int32),
     "aios_reduce": (None, c_void_p, c_void_p, c_int64),
     "aios_gather": (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_int32),

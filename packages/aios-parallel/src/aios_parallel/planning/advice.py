@@ -11,7 +11,7 @@ from aios_parallel.planning.errors import PlanError
 from aios_parallel.planning.hardware import Cluster, Workload
 from aios_parallel.planning.plans import Objective, Plan, best_plan, find_plans
 from aios_parallel.planning.quantities import show_bytes, show_number, show_seconds
-from aios_parallel.planning.weights import WeightScheme
+from aios_parallel.planning.weights import WeightScheme, default_kv_cache_dtype
 
 _COARSE = "int4"
 _NOTICEABLE = 0.05
@@ -56,7 +56,8 @@ def recommend(plans: Sequence[Plan], objective: Objective, *, model: str | None)
 def serve_command(plan: Plan, model: str | None) -> str:
     """The `aios-serve` command of a plan; on several hosts, what each of them is told but for its rank."""
     layout, costs = plan.layout, plan.costs
-    kind = costs.cluster.device.kind
+    device, kept = costs.cluster.device, costs.workload.kv_cache_dtype
+    by_default = device.kind != "cpu" and kept == default_kv_cache_dtype(costs.config, device)
     words = ["aios-serve", *([] if model is None else [model])]
     for flag, size in (
         ("--tensor-parallel-size", layout.tensor),
@@ -66,7 +67,7 @@ def serve_command(plan: Plan, model: str | None) -> str:
         words += [flag, str(size)] if size > 1 else []
     words += ["--enable-expert-parallel"] if layout.expert_parallel else []
     words += ["--quantization", plan.scheme.name]
-    words += ["--kv-cache-dtype", costs.workload.kv_cache_dtype if kind == "cpu" else "auto"]
+    words += ["--kv-cache-dtype", "auto" if by_default else kept]
     words += ["--max-model-len", str(costs.workload.context), "--max-num-seqs", str(costs.sequences)]
     return shlex.join(words)
 
@@ -112,7 +113,7 @@ def _about_groups(best: Plan, same: Sequence[Plan]) -> Iterator[str]:
     if layout.tensor > 1:
         yield (
             f"TP={layout.tensor}: every device reads 1/{layout.tensor} of each layer; "
-            f"{2 * best.costs.config.num_hidden_layers} all-reduces over {_link(best, best.costs.tensor_place())} take "
+            f"{best.costs.sums_per_pass()} all-reduces over {_link(best, best.costs.tensor_place())} take "
             f"{step.communicating / step.seconds:.0%} of a decode step."
         )
     if layout.pipeline > 1:
@@ -154,7 +155,7 @@ def _about_heads(best: Plan) -> Iterator[str]:
             f"TP={ranks} over {config.num_key_value_heads} kv heads: ranks hold {held} together, so the KV cache takes "
             f"{held / config.num_key_value_heads:.2g} times the memory."
         )
-    padded = sum(shard.heads.num_padded for shard in shards)
+    padded = sum(shard.heads.queries.size for shard in shards)
     if padded > config.num_attention_heads:
         yield (
             f"{config.num_attention_heads} query heads do not divide by {ranks}: padding makes them {padded}, "

@@ -23,8 +23,7 @@ def list_assumptions(
         _weights(schemes),
         "Two all-reduces of [tokens, hidden] per layer, one gather of the vocabulary per sampled token, one send of "
         "[tokens, hidden] per border of stages; none overlaps with computing.",
-        "Every rank of the first stage holds the whole embedding table"
-        + (", which stays in the mapped file." if cluster.device.kind == "cpu" else "."),
+        _embedding(cluster),
         f"{workload.batch} sequences with {workload.context:,} tokens of {workload.kv_cache_dtype} KV cache each; "
         f"prompts of {workload.prompt:,} tokens, {workload.max_num_batched_tokens:,} per step; "
         f"{workload.utilization:.0%} of the memory may be used.",
@@ -50,6 +49,12 @@ def _links(cluster: Cluster) -> str:
         measured = sorted({f"{operation} ({where})" for where, operation, _ in times.measured})
         text += f"; times of {', '.join(measured)} as measured ({times.name})"
     return f"{text}; all-reduce: 2 log2(n) latencies and 2 (n - 1) / n times the bytes."
+
+
+def _embedding(cluster: Cluster) -> str:
+    if cluster.device.kind == "cpu":
+        return "The embedding table stays in the mapped file."
+    return "The ranks of the first stage share the embedding table, for one more all-reduce; a tied head is held too."
 
 
 def _link(link: Link) -> str:

@@ -5,9 +5,9 @@ A pass of T tokens through a stage takes, on its slowest rank,
     max(bytes read / bandwidth, operations / rate) + collectives
 
 Read are the weights once (of experts those that T tokens are expected to visit) and the keys and values of the
-sequences. A layer has two all-reduces of [T, hidden]; the head gathers one row of the vocabulary per sampled token; a
-stage hands [T, hidden] to the next. With m micro-batches in flight, a stage works on one while the others work on the
-rest, so that all m are through after
+sequences. A layer has two all-reduces of [T, hidden], an embedding table that is cut one; the head gathers one row of
+the vocabulary per sampled token; a stage hands [T, hidden] to the next. With m micro-batches in flight, a stage works
+on one while the others work on the rest, so that all m are through after
 
     max(m · slowest stage, sum of all stages)
 
@@ -167,8 +167,12 @@ class PlanCosts:
 
     def collectives_per_pass(self) -> int:
         """Collectives and sends that a token's pass through the whole model takes."""
-        group = 2 * self.config.num_hidden_layers + 1 if self.layout.tensor > 1 else 0
+        group = self.sums_per_pass() + 1 if self.layout.tensor > 1 else 0
         return group + self.layout.pipeline - 1
+
+    def sums_per_pass(self) -> int:
+        """All-reduces that a token's pass through the whole model takes in a tensor-parallel group."""
+        return sum(self._num_sums(stage) for stage in range(self.layout.pipeline))
 
     def bytes_sent_per_token(self) -> float:
         """Bytes that the rank that sends most sends for one decoded token."""
@@ -233,15 +237,12 @@ class PlanCosts:
     def _communicating(self, stage: int, tokens: float, sampled: int) -> float:
         times, ranks = self.cluster.times, self.layout.tensor
         hidden = tokens * self._hidden_bytes
-        seconds = (
-            2
-            * self._num_layers(stage)
-            * times.seconds("all_reduce", ranks=ranks, num_bytes=hidden, where=self.tensor_place())
-        )
+        each = times.seconds("all_reduce", ranks=ranks, num_bytes=hidden, where=self.tensor_place())
+        seconds = self._num_sums(stage) * each
         if stage < self.layout.pipeline - 1:
             return seconds + times.seconds("send", ranks=2, num_bytes=hidden, where=self.border_place(stage))
         if sampled:
-            logits = sampled * self.config.vocab_size * _LOGIT_BYTES
+            logits = sampled * self._gathered_rows * _LOGIT_BYTES
             seconds += times.seconds("gather", ranks=ranks, num_bytes=logits, where=self.tensor_place())
         return seconds
 
@@ -255,10 +256,10 @@ class PlanCosts:
 
     def _sent_bytes(self, stage: int) -> float:
         ranks = self.layout.tensor
-        num_bytes = 2 * self._num_layers(stage) * sent_bytes("all_reduce", ranks=ranks, num_bytes=self._hidden_bytes)
+        num_bytes = self._num_sums(stage) * sent_bytes("all_reduce", ranks=ranks, num_bytes=self._hidden_bytes)
         if stage < self.layout.pipeline - 1:
             return num_bytes + self._hidden_bytes
-        return num_bytes + sent_bytes("gather", ranks=ranks, num_bytes=self.config.vocab_size * _LOGIT_BYTES)
+        return num_bytes + sent_bytes("gather", ranks=ranks, num_bytes=self._gathered_rows * _LOGIT_BYTES)
 
     def _visited_share(self, tokens: float) -> float:
         """Share of the experts that so many tokens are expected to visit, if the router spreads them evenly."""
@@ -285,8 +286,15 @@ class PlanCosts:
             capacity=capacity,
         )
 
-    def _num_layers(self, stage: int) -> int:
-        return len(self.loads.stages[stage])
+    def _num_sums(self, stage: int) -> int:
+        """All-reduces of [tokens, hidden] in a pass: two per layer, and one behind an embedding table that is cut."""
+        cuts_table = stage == 0 and self.scheme.table_bytes > 0
+        return 2 * len(self.loads.stages[stage]) + cuts_table
+
+    @property
+    def _gathered_rows(self) -> int:
+        """Rows of the head on all ranks together, those that fill up the last ones included."""
+        return sum(load.vocabulary for load in self.loads.ranks[-1])
 
     @property
     def _hidden_bytes(self) -> int:

@@ -10,8 +10,8 @@ from aios_model.errors import ConfigError
 from aios_parallel.planning.collectives import CollectiveTimes, Where
 from aios_parallel.planning.devices import Device
 
-KVCacheDType = Literal["float32", "bfloat16", "int8"]
-_KV_BYTES: dict[KVCacheDType, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+KVCacheDType = Literal["float32", "bfloat16", "int8", "fp8"]
+_KV_BYTES: dict[KVCacheDType, int] = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}
 _INT8_SCALE_BYTES = 4  # float32, one per token and head, for keys and for values
 _PAGE_TOKENS = 16
 

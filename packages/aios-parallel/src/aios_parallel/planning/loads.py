@@ -10,9 +10,14 @@ from collections import Counter
 from dataclasses import dataclass
 
 from aios_model.config import LayerSpec, ModelConfig
+from aios_model.errors import ConfigError
+from aios_model.weights.selection import Selection
+from aios_parallel.planning.errors import PlanError
 from aios_parallel.planning.hardware import Workload
-from aios_parallel.planning.shards import RankShard, balance_stages, shard_layer
+from aios_parallel.planning.shards import RankShard, column_group, shard_layer
 from aios_parallel.planning.weights import WeightScheme
+from aios_parallel.shares import scaled, share_vocabulary
+from aios_parallel.stage_plan import plan_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +88,8 @@ class StageLoad:
     Attributes:
         layers: Its kinds of layers, and how many of each.
         embedding_bytes: Of the embedding table, in the first stage; looked up, not read.
-        head_bytes: Of the head and the last norm, in the last stage; read for rows that sample.
-        held_head_bytes: Of these, those that are no part of a tied embedding table on the same rank.
+        head_bytes: Of the head and the last norm, in the last stage; read for rows that sample. A head that is tied to
+            the embedding is held a second time, in the layout that products want.
         head_params: Parameters of both.
         vocabulary: Rows of the head.
     """
@@ -92,7 +97,6 @@ class StageLoad:
     layers: tuple[tuple[LayerLoad, int], ...]
     embedding_bytes: float = 0
     head_bytes: float = 0
-    held_head_bytes: float = 0
     head_params: int = 0
     vocabulary: int = 0
 
@@ -104,7 +108,7 @@ class StageLoad:
     @property
     def weight_bytes(self) -> float:
         """Bytes of weights that the rank holds."""
-        return sum(load.weight_bytes * n for load, n in self.layers) + self.embedding_bytes + self.held_head_bytes
+        return sum(load.weight_bytes * n for load, n in self.layers) + self.embedding_bytes + self.head_bytes
 
     @property
     def kv_bytes(self) -> int:
@@ -139,10 +143,13 @@ def spread_model(config: ModelConfig, scheme: WeightScheme, workload: Workload, 
         spec: [layer_load(config, spec, scheme, workload, shard, first=not i) for i, shard in enumerate(each)]
         for spec, each in shards.items()
     }
-    stages = _cut_stages(config, scheme, loads, layout)
-    vocabulary = [shard.vocabulary for shard in shards[config.layers[0]]]
+    try:
+        stages = plan_stages(config, layout.pipeline)
+    except ConfigError as error:
+        raise PlanError(f"PP={layout.pipeline}: {error}") from error
+    rows = _vocabulary_rows(config, layout)
     ranks = tuple(
-        tuple(_stage_load(config, scheme, loads, stage, rows, rank) for rank, rows in enumerate(vocabulary))
+        tuple(_stage_load(config, scheme, loads, stage, rows[rank], rank) for rank in range(layout.tensor))
         for stage in stages
     )
     return ModelLoads(stages=tuple(stages), ranks=ranks, shards=shards)
@@ -166,19 +173,19 @@ def layer_load(
     router = config.hidden_size * config.num_experts if spec.moe else 0
     norms = 2 * config.hidden_size
     fixed = attention_bytes + mlp_bytes + (router + norms) * scheme.float_bytes
-    expert = _mlp_bytes(scheme, config.hidden_size, len(shard.expert_columns))
+    expert = _mlp_bytes(scheme, config.hidden_size, shard.expert_features)
     visits = config.num_experts_per_tok * len(shard.experts) / config.num_experts if spec.moe else 0.0
-    width = 3 * len(shard.expert_columns)
-    qkv = (shard.heads.num_padded + 2 * len(shard.heads.kv_heads)) * spec.head_dim
+    width = 3 * shard.expert_features.size
+    queries, keys = shard.heads.queries.size, len(shard.heads.kv_heads)
     return LayerLoad(
         weight_bytes=fixed + expert * len(shard.experts),
         fixed_bytes=fixed,
         params=attention_params + mlp_params + router + norms,
         expert_params=visits * config.hidden_size * width,
-        score_width=shard.heads.num_padded * spec.head_dim,
-        kv_bytes=len(shard.heads.kv_heads) * workload.kv_bytes(head_dim=spec.head_dim),
+        score_width=queries * spec.head_dim,
+        kv_bytes=keys * workload.kv_bytes(head_dim=spec.head_dim),
         window=spec.window,
-        widest=max(qkv, visits * width if spec.moe else 3 * len(shard.columns)),
+        widest=max((queries + 2 * keys) * spec.head_dim, visits * width if spec.moe else 3 * shard.features.size),
     )
 
 
@@ -186,11 +193,12 @@ def _attention(
     config: ModelConfig, spec: LayerSpec, scheme: WeightScheme, shard: RankShard, *, first: bool
 ) -> tuple[float, int]:
     """Bytes and parameters of a rank's attention."""
-    queries, keys = shard.heads.num_padded * spec.head_dim, len(shard.heads.kv_heads) * spec.head_dim
+    columns = scaled(shard.heads.queries, spec.head_dim)
+    queries, keys = columns.size, len(shard.heads.kv_heads) * spec.head_dim
     small = (queries + 2 * keys) * config.qkv_bias + config.hidden_size * (config.output_bias and first)
     small += 2 * spec.head_dim * config.qk_norm
     num_bytes = scheme.matrix_bytes(queries + 2 * keys, config.hidden_size)
-    num_bytes += scheme.matrix_bytes(config.hidden_size, queries)
+    num_bytes += scheme.matrix_bytes(config.hidden_size, queries, group_size=column_group(scheme, columns))
     return num_bytes + small * scheme.float_bytes, config.hidden_size * 2 * (queries + keys) + small
 
 
@@ -199,33 +207,23 @@ def _dense_mlp(
 ) -> tuple[float, int]:
     if spec.moe:
         return 0.0, 0
-    width = len(shard.columns)
+    width = shard.features.size
     biases = (2 * width + config.hidden_size * first) * config.mlp_bias
-    num_bytes = _mlp_bytes(scheme, config.hidden_size, width) + biases * scheme.float_bytes
+    num_bytes = _mlp_bytes(scheme, config.hidden_size, shard.features) + biases * scheme.float_bytes
     return num_bytes, 3 * config.hidden_size * width + biases
 
 
-def _mlp_bytes(scheme: WeightScheme, hidden_size: int, width: int) -> float:
-    return scheme.matrix_bytes(2 * width, hidden_size) + scheme.matrix_bytes(hidden_size, width) if width else 0.0
+def _mlp_bytes(scheme: WeightScheme, hidden_size: int, features: Selection) -> float:
+    width = features.size
+    down = scheme.matrix_bytes(hidden_size, width, group_size=column_group(scheme, features))
+    return scheme.matrix_bytes(2 * width, hidden_size) + down if width else 0.0
 
 
-def _cut_stages(
-    config: ModelConfig, scheme: WeightScheme, loads: dict[LayerSpec, list[LayerLoad]], layout: Layout
-) -> list[range]:
-    """Stages balanced by bytes and by operations, half and half, of the rank that has most."""
-    num_bytes = [max(load.weight_bytes for load in loads[spec]) for spec in config.layers]
-    params = [max(load.params + load.expert_params for load in loads[spec]) for spec in config.layers]
-    table = config.vocab_size * config.hidden_size
-    head_params = table / layout.tensor
-    head_bytes = scheme.matrix_bytes(config.vocab_size, config.hidden_size) / layout.tensor
-    embedding = table * scheme.table_bytes
-    all_bytes, all_params = sum(num_bytes) + embedding + head_bytes, sum(params) + head_params
-    return balance_stages(
-        [size / all_bytes + count / all_params for size, count in zip(num_bytes, params, strict=True)],
-        layout.pipeline,
-        first_cost=embedding / all_bytes,
-        last_cost=head_bytes / all_bytes + head_params / all_params,
-    )
+def _vocabulary_rows(config: ModelConfig, layout: Layout) -> list[int]:
+    """Rows of the head (and of a cut embedding table) on each rank of a stage; a process alone cuts nothing."""
+    if layout.tensor * layout.pipeline == 1:
+        return [config.vocab_size]
+    return [share.size for share in share_vocabulary(config.vocab_size, layout.tensor)]
 
 
 def _stage_load(
@@ -233,20 +231,17 @@ def _stage_load(
     scheme: WeightScheme,
     loads: dict[LayerSpec, list[LayerLoad]],
     stage: range,
-    vocabulary: range,
+    vocabulary: int,
     rank: int,
 ) -> StageLoad:
     counts = Counter(loads[config.layers[layer]][rank] for layer in stage)
     is_first, is_last = stage.start == 0, stage.stop == config.num_hidden_layers
-    rows = len(vocabulary) if is_last else 0
+    rows = vocabulary if is_last else 0
     norm = config.hidden_size * is_last
-    head = scheme.matrix_bytes(rows, config.hidden_size)
-    shared = config.tie_word_embeddings and not scheme.is_packed and is_first and scheme.table_bytes > 0
     return StageLoad(
         layers=tuple(counts.items()),
-        embedding_bytes=config.vocab_size * config.hidden_size * scheme.table_bytes if is_first else 0,
-        head_bytes=head + norm * scheme.float_bytes,
-        held_head_bytes=(0 if shared else head) + norm * scheme.float_bytes,
+        embedding_bytes=vocabulary * config.hidden_size * scheme.table_bytes if is_first else 0,
+        head_bytes=scheme.matrix_bytes(rows, config.hidden_size) + norm * scheme.float_bytes,
         head_params=rows * config.hidden_size + norm,
         vocabulary=rows,
     )

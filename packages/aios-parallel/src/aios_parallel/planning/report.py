@@ -21,6 +21,7 @@ from aios_parallel.planning.hardware import Cluster, Workload
 from aios_parallel.planning.plans import Objective, Plan, rank_plans
 from aios_parallel.planning.plot import Series, log_plot
 from aios_parallel.planning.quantities import show_number
+from aios_parallel.planning.shards import span_of
 
 _MOST_RANKS = 16
 _MOST_LINES = 5
@@ -196,17 +197,21 @@ def _rank_figures(plan: Plan) -> list[dict[str, Any]]:
                     "rank": stage * plan.layout.tensor + rank,
                     "stage": stage,
                     "layers": [layers.start, layers.stop],
-                    "query_heads": [shard.heads.query_heads.start, shard.heads.query_heads.stop],
-                    "num_padded_query_heads": shard.heads.num_padded,
-                    "kv_heads": [shard.heads.kv_heads.start, shard.heads.kv_heads.stop],
-                    "columns": [shard.columns.start, shard.columns.stop],
-                    "experts": [shard.experts.start, shard.experts.stop],
-                    "expert_columns": [shard.expert_columns.start, shard.expert_columns.stop],
+                    "query_heads": _ends(shard.query_heads),
+                    "num_padded_query_heads": shard.heads.queries.size,
+                    "kv_heads": _ends(shard.kv_heads),
+                    "columns": _ends(span_of(shard.features)),
+                    "experts": _ends(shard.experts),
+                    "expert_columns": _ends(span_of(shard.expert_features)),
                     "vocabulary_rows": loads.ranks[stage][rank].vocabulary,
                     "bytes": {**asdict(held), "used": held.used},
                 }
             )
     return figures
+
+
+def _ends(indices: range) -> list[int]:
+    return [indices.start, indices.stop]
 
 
 def _shard_table(plan: Plan) -> Table:

@@ -14,7 +14,7 @@ from aios_parallel.planning.devices import Device, Link, find_device, find_link,
 from aios_parallel.planning.hardware import Cluster, KVCacheDType, Workload, check_context
 from aios_parallel.planning.quantities import parse_bandwidth, parse_bytes, parse_flops, parse_seconds
 from aios_parallel.planning.this_machine import given_processor, measure_processor
-from aios_parallel.planning.weights import WeightScheme, find_scheme, float_bytes, stored_scheme
+from aios_parallel.planning.weights import WeightScheme, default_kv_cache_dtype, find_scheme, stored_scheme
 
 _AUTO_SCHEMES = ("none", "int8", "int4")
 _DEFAULT_CONTEXT, _DEFAULT_PROMPT = 8192, 2048
@@ -121,7 +121,7 @@ def make_workload(
     context: int | None,
     prompt: int | None,
     max_num_batched_tokens: int | None,
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8"],
+    kv_cache_dtype: KVCacheDType | Literal["auto"],
     utilization: float,
 ) -> Workload:
     """The work, with what was not said filled in; ConfigError if the model or the device cannot do it."""
@@ -133,23 +133,9 @@ def make_workload(
         context=context,
         prompt=min(_DEFAULT_PROMPT, context) if prompt is None else prompt,
         max_num_batched_tokens=max_num_batched_tokens or _STEP_TOKENS[device.kind],
-        kv_cache_dtype=_kv_cache_dtype(config, device, kv_cache_dtype),
+        kv_cache_dtype=default_kv_cache_dtype(config, device) if kv_cache_dtype == "auto" else kv_cache_dtype,
         utilization=utilization,
     )
-
-
-def _kv_cache_dtype(
-    config: ModelConfig, device: Device, asked: Literal["auto", "float32", "bfloat16", "int8"]
-) -> KVCacheDType:
-    if device.kind == "cpu":
-        return "bfloat16" if asked == "auto" else asked
-    computed: KVCacheDType = "float32" if float_bytes(config, device) == 4 else "bfloat16"
-    if asked not in ("auto", computed):
-        raise ConfigError(
-            f"--kv-cache-dtype {asked} takes the native kernels, which run on processors; on {device.name} the cache "
-            f"holds what the model computes with, {computed}: leave it at auto"
-        )
-    return computed
 
 
 def _changed(link: Link, bandwidth: tuple[str, str | None], latency: tuple[str, str | None]) -> Link:

@@ -13,6 +13,7 @@ from aios_model.errors import ConfigError
 from aios_model.weights.gguf_file import GGUFFile
 from aios_model.weights.hub import ModelFiles
 from aios_parallel.planning.devices import Device, RateName
+from aios_parallel.planning.hardware import KVCacheDType
 
 SCHEMES = ("none", "int8", "fp8", "int4", "as-stored")
 """What `--quantization` knows beside `auto`; `int4-g32`, `-g64` and `-g128` set the group."""
@@ -29,7 +30,7 @@ class WeightScheme:
     Attributes:
         name: As `--quantization` of `aios-serve` calls it.
         bits: Per weight, without scales.
-        group_size: Columns that share a scale, and that no rank can divide; 0 for one scale per row; None without any.
+        group_size: Columns that share a scale; 0 for one scale per row; None without any.
         group_bytes: Bytes of a group's scale.
         float_bytes: Bytes of a number that is not quantised.
         table_bytes: Bytes that a number of the embedding table takes in memory; 0 on a processor, where the table stays
@@ -45,19 +46,14 @@ class WeightScheme:
     table_bytes: int
     operands: RateName = "float"
 
-    def matrix_bytes(self, rows: int, columns: int) -> float:
-        """Bytes of a matrix [rows, columns] with its scales."""
+    def matrix_bytes(self, rows: int, columns: int, *, group_size: int | None = None) -> float:
+        """Bytes of a matrix [rows, columns] with its scales; `group_size` where it is another than the scheme's."""
         num_bytes = rows * columns * self.bits / 8
         if self.group_size == 0:
             return num_bytes + rows * _SCALE_BYTES_PER_ROW
         if self.group_size:
-            return num_bytes + rows * math.ceil(columns / self.group_size) * self.group_bytes
+            return num_bytes + rows * math.ceil(columns / (group_size or self.group_size)) * self.group_bytes
         return num_bytes
-
-    @property
-    def column_unit(self) -> int:
-        """Where ranks may cut the columns of a matrix: at multiples of this."""
-        return self.group_size or 1
 
     @property
     def is_packed(self) -> bool:
@@ -68,6 +64,11 @@ class WeightScheme:
 def float_bytes(config: ModelConfig, device: Device) -> int:
     """Bytes of an unquantised number as `aios-serve --dtype auto` holds it: float32 on a processor, else the file's."""
     return 4 if device.kind == "cpu" or config.torch_dtype in ("float32", "float64") else 2
+
+
+def default_kv_cache_dtype(config: ModelConfig, device: Device) -> KVCacheDType:
+    """What `aios-serve --kv-cache-dtype auto` keeps: BF16 on a processor, elsewhere what the model computes with."""
+    return "bfloat16" if device.kind == "cpu" or float_bytes(config, device) == 2 else "float32"
 
 
 def find_scheme(name: str, config: ModelConfig, device: Device, files: ModelFiles | None = None) -> WeightScheme:

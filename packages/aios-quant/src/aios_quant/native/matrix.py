@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from aios_model.errors import ConfigError
 from aios_model.native.kernels import MatrixStruct, ScaleType, WeightType
 from aios_model.native.library import pointer
 from aios_model.native.threads import ThreadPool
@@ -70,6 +72,10 @@ class NativeMatrix:
     def forward(self, x_TK: Tensor) -> Tensor:
         """[T, K] -> [T, N], in the dtype of the input."""
         return NativeLinear([self], pool=self._pool).forward(x_TK)
+
+    def map_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Refused: the kernels compute from host memory."""
+        raise ConfigError("native kernels read their weights where they are packed, in host memory; nothing to move")
 
     def dequantize(self) -> Tensor:
         """The matrix as the kernels see it, float32 [N, K]."""

@@ -13,6 +13,7 @@ from aios_model.errors import AiosError
 from aios_model.native.cores import usable_cores
 from aios_serve.bench.engines import choose_engines, choose_precisions
 from aios_serve.bench.work import DEFAULT_WORK, parse_works
+from aios_serve.config import Device, DType, ExecutorBackend, KVCacheDType, LoadFormat, parse_count
 
 app = typer.Typer(
     name="aios-bench",
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="How fast is it? Beside other engines (peers), and beside what the machine allows (roofline).",
 )
 _console = Console(stderr=True)
+_ENGINE = "Engine"
 
 ModelOption = Annotated[
     str | None,
@@ -123,6 +125,104 @@ def roofline(
         console=_console,
     )
     raise typer.Exit(status)
+
+
+@app.command()
+def ranks(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Folder, GGUF file or hub name; random:1b or random:3b for a Llama with random weights.",
+            show_default="bundled",
+        ),
+    ] = None,
+    *,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 512,
+    output_tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence gets.")] = 32,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Write the timeline here, for https://ui.perfetto.dev.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw it here.")] = None,
+    tensor_parallel_size: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size", "-tp", min=1, help="Ranks that share each layer.", rich_help_panel=_ENGINE
+        ),
+    ] = 2,
+    pipeline_parallel_size: Annotated[
+        int,
+        typer.Option("--pipeline-parallel-size", "-pp", min=1, help="Stages of the pipeline.", rich_help_panel=_ENGINE),
+    ] = 1,
+    enable_expert_parallel: Annotated[
+        bool,
+        typer.Option("--enable-expert-parallel", help="Deal the experts of a mixture out.", rich_help_panel=_ENGINE),
+    ] = False,
+    distributed_executor_backend: Annotated[
+        ExecutorBackend, typer.Option(help="Who starts the ranks, as of aios-serve.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of the Ray cluster.", rich_help_panel=_ENGINE)
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Threads of each rank.", show_default="its share of the cores", rich_help_panel=_ENGINE
+        ),
+    ] = None,
+    cpu_bind: Annotated[
+        str, typer.Option(help="Cores for the threads: none, auto, or a list.", rich_help_panel=_ENGINE)
+    ] = "none",
+    device: Annotated[Device, typer.Option(help="auto takes GPUs if there are any.", rich_help_panel=_ENGINE)] = "auto",
+    dtype: Annotated[DType, typer.Option(help="As of aios-serve.", rich_help_panel=_ENGINE)] = "auto",
+    load_format: Annotated[
+        LoadFormat, typer.Option(help="Which weights to read; dummy draws random ones.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    quantization: Annotated[
+        str, typer.Option("--quantization", "-q", help="Scheme of the weights.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    kv_cache_dtype: Annotated[
+        KVCacheDType, typer.Option(help="Numbers in the pages.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    kv_cache_memory_bytes: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Size of the KV cache, such as 4GiB.", rich_help_panel=_ENGINE)
+    ] = None,
+    max_model_len: Annotated[
+        str, typer.Option(metavar="TOKENS", help="Longest prompt plus answer, or auto.", rich_help_panel=_ENGINE)
+    ] = "auto",
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens per step.", show_default="CPU 256, GPU 2048", rich_help_panel=_ENGINE),
+    ] = None,
+) -> None:
+    """Shows where the time of a group of ranks goes: compute, communication, idle, in prefill and in decode.
+
+    [dim]aios-bench ranks --tensor-parallel-size 2 --trace ranks.json --plot ranks.svg[/dim]
+    """
+    from aios_serve.bench.ranks import RanksWork, run_ranks
+
+    work = RanksWork(batch=batch, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+    memory, length = kv_cache_memory_bytes, max_model_len
+    options = {
+        "model": model,
+        "tensor_parallel": tensor_parallel_size,
+        "pipeline_parallel": pipeline_parallel_size,
+        "expert_parallel": enable_expert_parallel,
+        "distributed_executor": distributed_executor_backend,
+        "ray_address": ray_address,
+        "threads": threads,
+        "cpu_bind": cpu_bind,
+        "device": device,
+        "dtype": dtype,
+        "load_format": load_format,
+        "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
+        "kv_cache_memory_bytes": None if memory is None else parse_count(memory, option="kv_cache_memory_bytes"),
+        "max_model_len": None if length == "auto" else parse_count(length, option="max_model_len"),
+        "max_num_batched_tokens": max_num_batched_tokens,
+    }
+    raise typer.Exit(run_ranks(options, work, trace=trace, plot=plot, console=Console()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -43,7 +44,8 @@ class EngineReplica:
 
     async def __init__(self, engine_config: EngineConfig, server_config: ServerConfig) -> None:
         configure_logging(engine_config.log_level, Console(stderr=True))
-        self._engine = AsyncEngine(engine_config)
+        # An engine that is lost is not started again here: Ray replaces the replica, and others answer meanwhile.
+        self._engine = AsyncEngine(replace(engine_config, max_engine_restarts=0))
         self._app: FastAPI = create_app(self._engine, server_config)
         await self._engine.start()
         try:

@@ -96,6 +96,8 @@ def _refuse_unknown(args: Mapping[str, Any], known: Sequence[str]) -> None:
                 f"{name} is not an option here: Ray Serve listens; use --http-host and --http-port of `serve start`, "
                 "or http_options in its YAML file"
             )
+        if name == "max_engine_restarts":
+            raise ConfigError("max_engine_restarts is not an option here: Ray replaces a replica whose engine is lost")
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"known options: {', '.join(known)}"

@@ -116,6 +116,7 @@ inline void decode_segment(const AttentionCall& call, const Segment& segment, co
   };
   switch (static_cast<KvType>(call.pool.type)) {
     case KvType::kBFloat16: return decode.template operator()<KvType::kBFloat16>();
+    case KvType::kFp8: return decode.template operator()<KvType::kFp8>();
     case KvType::kInt8: return decode.template operator()<KvType::kInt8>();
     default: return decode.template operator()<KvType::kFloat32>();
   }
@@ -161,7 +162,7 @@ inline void decode(const AttentionCall& call, const Sequence& sequence, int kv_h
     for (int g = 0; g < group && s > first; ++g) merge(merged(g), fresh(g), width);
   }
   for (int g = 0; g < group; ++g)
-    finish(merged(g), call.pool.head_dim, call.output(sequence.first_row, kv_head * group + g));
+    finish(merged(g), call.pool.head_dim, call.unit(), call.output(sequence.first_row, kv_head * group + g));
 }
 
 // One new token and all kv heads; then comes the sequence `next`.

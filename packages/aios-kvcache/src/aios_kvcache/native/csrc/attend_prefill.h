@@ -241,6 +241,7 @@ inline void tile_segment(const AttentionCall& call, const Tile& tile, int segmen
                          float* partials) {
   switch (static_cast<KvType>(call.pool.type)) {
     case KvType::kBFloat16: return tile_segment<KvType::kBFloat16>(call, tile, segment, scratch, partials);
+    case KvType::kFp8: return tile_segment<KvType::kFp8>(call, tile, segment, scratch, partials);
     case KvType::kInt8: return tile_segment<KvType::kInt8>(call, tile, segment, scratch, partials);
     default: return tile_segment<KvType::kFloat32>(call, tile, segment, scratch, partials);
   }
@@ -272,7 +273,7 @@ inline void prefill(const AttentionCall& call, const Tile& tile, float* memory) 
       if (sees(r, s)) merge(merged(r), fresh(r), width);
   }
   for (int r = 0; r < rows; ++r)
-    finish(merged(r), call.pool.head_dim,
+    finish(merged(r), call.pool.head_dim, call.unit(),
            call.output(tile.packed_row(tile.position(call, r)), tile.kv_head * group + r % group));
 }
 

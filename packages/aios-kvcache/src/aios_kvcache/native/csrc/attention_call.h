@@ -18,7 +18,9 @@ struct AttentionCall {
 
   int group() const { return num_heads / pool.num_kv_heads; }
   bool coded() const { return static_cast<KvType>(pool.type) == KvType::kInt8; }
-  float log2_scale() const { return scale * kLog2E; }  // makes scores powers of two
+  // Keys and values are read as multiples of this.
+  float unit() const { return static_cast<KvType>(pool.type) == KvType::kFp8 ? kE4m3Unit : 1.0f; }
+  float log2_scale() const { return scale * kLog2E * unit(); }  // makes scores powers of two
   int64_t partial() const { return partial_size(value_width(pool)); }
   const float* query(int64_t row, int head) const {
     return q + row * q_stride + static_cast<int64_t>(head) * pool.head_dim;

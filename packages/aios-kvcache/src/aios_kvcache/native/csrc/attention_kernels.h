@@ -46,7 +46,7 @@ struct QueryColumns {
 template <int bytes>
 inline void prefetch_pair(const void* sixteen, int h) {
   const char* p = static_cast<const char*>(sixteen) + h * kLanes * bytes;
-  prefetch_once(p);
+  if (bytes > 1 || h % 4 == 0) prefetch_once(p);
   if constexpr (bytes > 2) prefetch_once(p + 64);
 }
 

@@ -11,6 +11,8 @@
 // [X, K, C/16, H/2, 16, 2], with numbers 2i and 2i+1 of the head as a pair; in values, numbers i and i+16 of each whole
 // 32 are a pair.
 //
+// FP8 (E4M3, no scale) lies as float32 does, in bytes: one 32-byte read holds two vectors.
+//
 // INT8 is kept in fours, which is what one instruction multiplies and adds (`dot4`):
 //
 //   keys    [X, K, C/16, Hp/4, 16, 4]   Hp = H rounded up to four; code + 128, since one operand has to be unsigned
@@ -20,11 +22,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "e4m3.h"
 #include "simd.h"
 
 namespace aios {
 
-enum class KvType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+enum class KvType : int32_t { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2, kFp8 = 3 };
 
 // The structures are C: Python fills them.
 struct KvPool {
@@ -78,7 +81,7 @@ inline Number* values_at(const KvPool& pool, int64_t at) {
 // nearest, they arrive a fifth faster than with `prefetch`.)
 inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
-// How the numbers of one type are read.
+// How the numbers of one type are read; those of FP8 times kE4m3Unit are the numbers.
 //   key_pair   the keys h and h + 1 of sixteen tokens; h is even
 //   values     16 * vectors of one token's values, from a multiple of 32 on; `vectors` is even except at the end of W
 template <KvType type>
@@ -95,6 +98,20 @@ struct Storage<KvType::kFloat32> {
   static void values(const float* token, f32x16 (&out)[vectors]) {
 #pragma GCC unroll 8
     for (int i = 0; i < vectors; ++i) out[i] = load(token + i * kLanes);
+  }
+};
+
+template <>
+struct Storage<KvType::kFp8> {
+  using Number = uint8_t;
+  static void key_pair(const uint8_t* sixteen, int h, f32x16& even, f32x16& odd) {
+    load_e4m3_units(sixteen + h * kLanes, even, odd);
+  }
+  template <int vectors>
+  static void values(const uint8_t* token, f32x16 (&out)[vectors]) {
+#pragma GCC unroll 4
+    for (int i = 0; i + 1 < vectors; i += 2) load_e4m3_units(token + i * kLanes, out[i], out[i + 1]);
+    if constexpr (vectors % 2 == 1) out[vectors - 1] = load_e4m3_units(token + (vectors - 1) * kLanes);
   }
 };
 

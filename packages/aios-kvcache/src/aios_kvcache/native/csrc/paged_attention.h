@@ -92,7 +92,7 @@ inline void merge_segments(const AttentionCall& call, const Sequence& sequence, 
       const int64_t at = (kv_head * plan.segments + s) * per_segment + (token * group + g) * call.partial();
       merge(merged, Partial{partials + at}, width);
     }
-    finish(merged, call.pool.head_dim, call.output(sequence.first_row + token, kv_head * group + g));
+    finish(merged, call.pool.head_dim, call.unit(), call.output(sequence.first_row + token, kv_head * group + g));
   }
 }
 

@@ -140,10 +140,10 @@ inline void merge(Partial into, Partial segment, int width) {
   into.largest() = largest;
 }
 
-// The row's output. Adding zero turns -0 into 0: a product that underflowed may have left -0, or 0 where the row was
-// computed beside rows that see more.
-inline void finish(Partial partial, int head_dim, float* out) {
-  const f32x16 inverse = splat(1.0f / partial.sum());
+// The row's output, values being multiples of `unit`. Adding zero turns -0 into 0: a product that underflowed may have
+// left -0, or 0 where the row was computed beside rows that see more.
+inline void finish(Partial partial, int head_dim, float unit, float* out) {
+  const f32x16 inverse = splat(unit / partial.sum());
   for (int i = 0; i < head_dim; i += kLanes) {
     const f32x16 x = add(mul(load(partial.values() + i), inverse), splat(0.0f));
     if (i + kLanes <= head_dim) store(out + i, x);

@@ -38,6 +38,23 @@ inline void store_head_bf16(const KvPool& pool, int64_t at, int lane, const floa
   if (h < width) std::memcpy(values + h, rounded + h, kLanes * sizeof(uint16_t));
 }
 
+// Zeros up to the next sixteen.
+inline void round_head(const float* x, int head_dim, uint8_t* out) {
+  for (int i = 0; i < head_dim; i += kLanes) {
+    float part[kLanes];
+    store(part, load_part(x + i, head_dim - i));
+    for (int j = 0; j < kLanes; ++j) out[i + j] = float_to_e4m3(part[j]);
+  }
+}
+
+inline void store_head_fp8(const KvPool& pool, int64_t at, int lane, const float* k, const float* v) {
+  uint8_t rounded[kMaxHeadDim];
+  round_head(k, pool.head_dim, rounded);
+  uint8_t* keys = keys_at<uint8_t>(pool, at) + lane;
+  for (int h = 0; h < pool.head_dim; ++h) keys[h * kLanes] = rounded[h];
+  round_head(v, pool.head_dim, values_at<uint8_t>(pool, at) + static_cast<int64_t>(lane) * value_width(pool));
+}
+
 inline void store_head_int8(const KvPool& pool, int64_t at, int lane, const float* k, const float* v) {
   int8_t codes[kMaxHeadDim];
   pool.key_scales[at * kLanes + lane] = quantize_head(k, pool.head_dim, codes);
@@ -62,6 +79,7 @@ inline void store_head(const KvPool& pool, const Sequence& sequence, int positio
   const int lane = position % kLanes;
   switch (static_cast<KvType>(pool.type)) {
     case KvType::kBFloat16: return store_head_bf16(pool, at, lane, k, v);
+    case KvType::kFp8: return store_head_fp8(pool, at, lane, k, v);
     case KvType::kInt8: return store_head_int8(pool, at, lane, k, v);
     default: return store_head_float(pool, at, lane, k, v);
   }

@@ -14,6 +14,7 @@
 
 #include "patience.h"
 #include "segment.h"
+#include "span_ring.h"
 #include "sums.h"
 
 namespace aios {
@@ -83,7 +84,7 @@ class Group {
   // Waits only while the ring is full: what fits into it need not be awaited by anybody.
   int32_t send(const char* values, int64_t bytes, int to) {
     Channel& channel = segment_.channel(rank_, to);
-    return call(kTransfer, bytes, [&](uint64_t) {
+    return call(kSend + static_cast<uint64_t>(to), bytes, [&](uint64_t) {
       return in_chunks(bytes, [&](int64_t at, int64_t part) {
         const uint64_t index = channel.sent.load(std::memory_order_relaxed);
         const int32_t status =
@@ -99,7 +100,7 @@ class Group {
 
   int32_t receive(char* values, int64_t bytes, int source) {
     Channel& channel = segment_.channel(source, rank_);
-    return call(kTransfer, bytes, [&](uint64_t) {
+    return call(kReceive + static_cast<uint64_t>(source), bytes, [&](uint64_t) {
       return in_chunks(bytes, [&](int64_t at, int64_t part) {
         const uint64_t index = channel.taken.load(std::memory_order_relaxed);
         const int32_t status =
@@ -114,6 +115,9 @@ class Group {
     }, false);
   }
 
+  // Records calls in `ring` from now on; null for none. For the thread that makes the calls.
+  void trace(SpanRing* ring) { ring_ = ring; }
+
   // Ends all waits of all ranks, from whatever thread.
   void abort() { stop_everybody(kAborted); }
 
@@ -125,7 +129,10 @@ class Group {
   }
 
  private:
-  enum Operation : uint64_t { kAllReduce = 1, kBarrier, kTransfer, kBroadcast = 0x100, kGather = 0x200 };
+  // A kind as in `span_ring.py`, and below it the rank that a call names.
+  enum Operation : uint64_t {
+    kAllReduce = 0x100, kBarrier = 0x200, kBroadcast = 0x300, kGather = 0x400, kSend = 0x500, kReceive = 0x600
+  };
   static constexpr int64_t kSharedOut = 32 << 10;  // bytes from which on three ranks and more divide the additions
 
   // Runs one call: refuses if the group is over, counts and times.
@@ -137,11 +144,13 @@ class Group {
     int32_t status = stopped_by(rank_);
     if (status != kDone) fail(status, rank_, 0);
     else status = body(operation << 48 | static_cast<uint64_t>(bytes));
+    const int64_t ended = nanoseconds();
     if (status == kDone) {
+      if (ring_ != nullptr) ring_->record(started, ended, static_cast<int64_t>(operation), bytes);
       counters_.num_bytes.fetch_add(gives ? bytes : 0, std::memory_order_relaxed);
       counters_.calls.fetch_add(1, std::memory_order_relaxed);
     }
-    counters_.nanoseconds.fetch_add(nanoseconds() - started, std::memory_order_relaxed);
+    counters_.nanoseconds.fetch_add(ended - started, std::memory_order_relaxed);
     counters_.inside.fetch_sub(1);
     return status;
   }
@@ -271,6 +280,7 @@ class Group {
   const int64_t spins_, limit_;
   Counters& counters_;
   uint64_t round_ = 0;
+  SpanRing* ring_ = nullptr;
   std::atomic<bool> leaving_{false};
 };
 

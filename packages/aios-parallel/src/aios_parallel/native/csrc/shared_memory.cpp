@@ -50,6 +50,8 @@ AIOS_EXPORT void aios_group_detach(void* group) {
 
 AIOS_EXPORT void aios_group_abort(void* group) { group_of(group).abort(); }
 
+AIOS_EXPORT void aios_group_trace(void* group, aios::SpanRing* ring) { group_of(group).trace(ring); }
+
 // `type` as in `structures.py`.
 AIOS_EXPORT int32_t aios_all_reduce(void* group, void* values, int64_t count, int32_t type) {
   Group& all = group_of(group);

@@ -1,0 +1,408 @@
+"""The equivalence contract, fuzzed: tokens are those of the request alone, whatever happens around it.
+
+A case is an engine with random limits, policy and tiers over a real (tiny) decoder in float64, random requests that
+share prefixes, and random events: arrivals, aborts, steps that fail halfway. The oracle is `aios_model.generate`, which
+knows neither pages nor batches. After every step the books of pages must balance.
+
+    pytest packages/aios-sched/tests/test_equivalence_fuzz.py                       a few fixed seeds
+    python packages/aios-sched/tests/test_equivalence_fuzz.py --seconds 600         soaking: new seeds until time is up
+    python packages/aios-sched/tests/test_equivalence_fuzz.py --seed 1234           one case again
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from aios_kvcache.block import PageContent
+from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.page_mover import PageMover
+from aios_kvcache.paged_cache import PagedKVCache
+from aios_kvcache.tier_sizing import TierPlan
+from aios_kvcache.tiers import PageTiers
+from aios_model.decoder import DecoderModel
+from aios_model.families import find_hf_family
+from aios_model.generate import generate_tokens
+from aios_model.loader import load_weights, parameter_shapes
+from aios_model.sampling.params import SamplingParams
+from aios_model.sampling.sampler import Sampler
+from aios_model.weights.dummy import DummyEntry
+from aios_sched.config import SchedulerConfig
+from aios_sched.engine import Engine
+from aios_sched.model_runner import ModelRunner
+from aios_sched.output import ScheduledRequest
+from aios_sched.planner import StepPlanner
+from aios_sched.policy.registry import PolicyName, make_policy
+from aios_sched.request import Request
+from aios_sched.scheduler import Scheduler
+
+VOCAB_SIZE, MAX_MODEL_LEN, EOS = 200, 48, 0
+RAW_CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": MAX_MODEL_LEN,
+    "rms_norm_eps": 1e-5,
+}
+
+
+class _Entry(DummyEntry):
+    """Weights large enough for a model of random numbers to look at its context."""
+
+    def _fill(self, lines_L, columns, out_LC):
+        super()._fill(lines_L, columns, out_LC)
+        if not self._ones:
+            out_LC.mul_(25)
+
+
+class _Source:
+    def __init__(self, shapes):
+        self._shapes = shapes
+
+    def entries(self):
+        return {
+            name: _Entry(name, tuple(shape), key=random.Random(name).getrandbits(31), ones=name.endswith("norm.weight"))
+            for name, shape in self._shapes.items()
+        }
+
+    def close(self):
+        pass
+
+
+@dataclass
+class Model:
+    """What `generate_tokens` and the runner take."""
+
+    config: object
+    decoder: DecoderModel
+    eos_token_ids: tuple[int, ...] = (EOS,)
+
+
+@cache
+def model() -> Model:
+    torch.set_num_threads(1)
+    config = find_hf_family(RAW_CONFIG).read_hf(RAW_CONFIG)
+    decoder = DecoderModel(config).eval()
+    options = {"file_format": "safetensors", "dtype": torch.float64, "device": torch.device("cpu")}
+    load_weights(decoder, _Source(parameter_shapes(decoder)), **options)
+    return Model(config, decoder)
+
+
+@cache
+def alone(prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
+    return [token.token_id for token in generate_tokens(model(), list(prompt), params)]
+
+
+class DelayedExecutor:
+    """Runs a step when its result is asked for, so that several are on their way; some fail halfway."""
+
+    def __init__(self, runner: ModelRunner, rng: random.Random, *, max_steps_in_flight: int, fault_rate: float) -> None:
+        self.max_steps_in_flight = max_steps_in_flight
+        self.vocab_size = runner.vocab_size
+        self._runner, self._rng, self._fault_rate = runner, rng, fault_rate
+        self._queue: deque[_Step] = deque()
+
+    def submit(self, output):
+        self._queue.append(_Step(self, output))
+        return self._queue[-1]
+
+    def run_until(self, wanted: _Step) -> None:
+        while wanted.outcome is None:
+            step = self._queue.popleft()
+            try:
+                step.outcome = self._runner.execute(step.output)
+                if self._rng.random() < self._fault_rate and len(step.output.requests) > 1:
+                    step.outcome = RuntimeError("injected")
+            except Exception as error:
+                step.outcome = error
+
+    def check(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+
+class _Step:
+    def __init__(self, executor: DelayedExecutor, output) -> None:
+        self.executor, self.output, self.outcome = executor, output, None
+
+    def result(self):
+        self.executor.run_until(self)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@dataclass
+class Case:
+    """One random engine and its requests.
+
+    Attributes:
+        seed: Makes it again.
+    """
+
+    seed: int
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self.block_size = self.rng.choice([1, 2, 3, 4, 7, 16])
+        longest = -(-MAX_MODEL_LEN // self.block_size)
+        self.policy: PolicyName = self.rng.choice(["fcfs", "priority", "fair", "prefix"])
+        self.tiers = self._tiers(longest) if self.rng.random() < 0.5 else None
+        self.pages = BlockManager(
+            num_blocks=longest + self.rng.choice([0, 0, 1, longest // 2, 2 * longest]),
+            block_size=self.block_size,
+            enable_prefix_caching=self.rng.random() < 0.8,
+            # A hash with few values: pages meet collisions all the time.
+            hash_function=self.rng.choice([hash, lambda key: hash(key) % 5]),
+            tiers=self.tiers
+            and PageTiers(num_host_pages=self.tiers.num_host_pages, num_disk_pages=self.tiers.num_disk_pages),
+        )
+        # Made of few phrases, so that the same page stands behind different beginnings.
+        phrases = [self._tokens(self.rng.randint(1, 7)) for _ in range(3)]
+        self.prefixes = [
+            [token for phrase in self.rng.choices(phrases, k=self.rng.randint(1, 5)) for token in phrase][:30]
+            for _ in range(4)
+        ]
+        self.mover: PageMover | None = None
+        self.engine = self._engine()
+        self.expected: dict[str, list[int]] = {}
+        self.found: dict[str, list[int]] = {}
+        self.aborted: set[str] = set()
+
+    def run(self) -> None:
+        """Raises, naming the seed, if a token is not what it should be or the books do not balance."""
+        try:
+            self._run()
+        except Exception as error:
+            raise AssertionError(f"case {self.seed}: {type(error).__name__}: {error}") from error
+        finally:
+            if self.mover is not None:
+                self.mover.close()
+
+    def _run(self) -> None:
+        waiting = [self._request(str(index)) for index in range(self.rng.randint(3, 9))]
+        while waiting or self.engine.has_unfinished:
+            if waiting and self.rng.random() < 0.4:
+                self.engine.add(waiting.pop())
+            if self.rng.random() < 0.03:
+                victims = [self.rng.choice(list(self.expected))]
+                self.aborted.update(output.request_id for output in self.engine.abort(victims))
+            for output in self.engine.step():
+                assert output.error is None, output.error
+                self.found[output.request_id] += output.token_ids
+            self.pages.check_invariants()
+        for request_id, tokens in self.found.items():
+            wanted = self.expected[request_id]
+            wanted = wanted[: len(tokens)] if request_id in self.aborted else wanted
+            assert tokens == wanted, f"request {request_id} gave {tokens}, alone {wanted}"
+        assert self.engine.stats().kv_cache_usage == 0, "pages leaked"
+
+    def _engine(self) -> Engine:
+        rng, decoder = self.rng, model().decoder
+        seats = rng.randint(1, 6)
+        in_flight = rng.choice([1, 1, 2, 3])
+        chunked = rng.random() < 0.8
+        config = SchedulerConfig(
+            max_num_seqs=seats,
+            max_num_batched_tokens=(seats if chunked else MAX_MODEL_LEN) + rng.choice([0, 1, 3, 8, 30]),
+            max_model_len=MAX_MODEL_LEN,
+            enable_chunked_prefill=chunked,
+            watermark=rng.choice([0, 0, 0.01, 0.2]),
+            max_steps_in_flight=rng.choice([1, in_flight]),
+        )
+        cache = PagedKVCache(
+            model().config,
+            num_blocks=self.pages.num_blocks,
+            block_size=self.block_size,
+            dtype=decoder.dtype,
+            device=decoder.device,
+        )
+        self.mover = self.tiers and PageMover(cache.page_tensors, self.tiers)
+        sampler = Sampler(vocab_size=VOCAB_SIZE, device=decoder.device)
+        runner = ModelRunner(decoder, cache, sampler, mover=self.mover)
+        executor = DelayedExecutor(runner, rng, max_steps_in_flight=in_flight, fault_rate=rng.choice([0, 0, 0.02, 0.1]))
+        return Engine(Scheduler(config, self.pages, make_policy(self.policy, block_manager=self.pages)), executor)
+
+    def _tiers(self, longest: int) -> TierPlan:
+        """Small ones, so that pages move on and are dropped."""
+        return TierPlan(
+            num_host_pages=self.rng.randint(1, 2 * longest),
+            num_disk_pages=self.rng.choice([0, 3, 2 * longest]),
+            directory=tempfile.gettempdir(),
+            page_bytes=0,  # of no interest here
+        )
+
+    def _request(self, request_id: str) -> Request:
+        rng = self.rng
+        prefix = rng.choice(self.prefixes)
+        prompt = [*prefix[: rng.randint(0, len(prefix))], *self._tokens(rng.randint(1, 12))]
+        params = SamplingParams(
+            temperature=rng.choice([0, 0, 0, 0.8, 1.3]),
+            top_k=rng.choice([0, 0, 20]),
+            top_p=rng.choice([1.0, 1.0, 0.9]),
+            repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
+            seed=rng.randrange(100),
+            max_tokens=rng.randint(1, MAX_MODEL_LEN - len(prompt)),
+            ignore_eos=rng.random() < 0.5,
+        )
+        self.expected[request_id] = alone(tuple(prompt), params)
+        self.found[request_id] = []
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=prompt,
+            params=params,
+            seed=params.seed or 0,
+            eos_token_ids=(EOS,),
+            priority=rng.choice([0, 0, -1, 3]) if self.policy == "priority" else 0,
+            tenant=rng.choice(["a", "a", "b"]),
+            cache_salt=rng.choice(["", "", "tenant"]),
+        )
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.rng.randrange(1, VOCAB_SIZE) for _ in range(count)]
+
+
+@pytest.fixture(autouse=True)
+def silence(caplog):
+    """Injected faults are no news."""
+    caplog.set_level(logging.CRITICAL, logger="aios_sched.engine")
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_cases(seed) -> None:
+    Case(seed).run()
+
+
+# -- bugs planted on purpose: a fuzzer that cannot find them proves nothing --------------------------------------------
+
+
+@contextmanager
+def page_freed_twice() -> Iterator[None]:
+    """Now and then a page goes back while somebody still holds it."""
+    release, calls = BlockManager._release, [0]
+
+    def broken(self, block_ids, **options) -> None:
+        release(self, block_ids, **options)
+        calls[0] += 1
+        if calls[0] % 5 == 0:
+            held = next((block for block in self._blocks[1:] if block.ref_count > 1), None)
+            if held is not None:
+                held.ref_count -= 1
+
+    with patch.object(BlockManager, "_release", broken):
+        yield
+
+
+@contextmanager
+def stale_hash() -> Iterator[None]:
+    """A page is believed for its own tokens, whatever stood before them."""
+
+    def broken(self: PageContent, parent, tokens, salt) -> bool:
+        return self.tokens == tokens and self.salt == salt
+
+    with patch.object(PageContent, "holds", broken):
+        yield
+
+
+@contextmanager
+def published_too_early() -> Iterator[None]:
+    """A page can be found one token before it is full."""
+    publish = BlockManager.publish
+
+    def broken(self, sequence_id, token_ids, num_computed_tokens) -> None:
+        table = len(self.block_table(sequence_id)) * self.block_size
+        publish(self, sequence_id, token_ids, min(num_computed_tokens + 1, len(token_ids), table))
+
+    with patch.object(BlockManager, "publish", broken):
+        yield
+
+
+@contextmanager
+def chunk_border_off_by_one() -> Iterator[None]:
+    """A chunk that does not begin a prompt is computed one position too early."""
+    take = StepPlanner._take_tokens
+
+    def broken(self, request, plan) -> None:
+        take(self, request, plan)
+        row: ScheduledRequest = plan.rows[-1]
+        if row.start and len(row.token_ids) > 1:
+            row.token_ids = request.token_ids[row.start - 1 : row.start - 1 + len(row.token_ids)]
+
+    with patch.object(StepPlanner, "_take_tokens", broken):
+        yield
+
+
+@contextmanager
+def tenants_share_pages() -> Iterator[None]:
+    """Salts are ignored where pages are looked for: not seen in tokens, but in whose pages are found."""
+    open_sequence = BlockManager.open
+
+    def broken(self, sequence_id, token_ids, *, salt="") -> int:
+        found = open_sequence(self, sequence_id, token_ids, salt="")
+        self._sequences[sequence_id].salt = salt
+        return found
+
+    with patch.object(BlockManager, "open", broken):
+        yield
+
+
+PLANTED: dict[str, Callable] = {
+    each.__name__: each
+    for each in (page_freed_twice, stale_hash, published_too_early, chunk_border_off_by_one, tenants_share_pages)
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_planted_bug_is_found(bug) -> None:
+    def search() -> None:
+        for seed in range(100):
+            Case(seed).run()
+
+    with PLANTED[bug](), pytest.raises(AssertionError, match="case"):
+        search()
+
+
+def main() -> int:
+    """Runs cases until time is up, or one again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, help="run this case only")
+    given = parser.parse_args()
+    if given.seed is not None:
+        Case(given.seed).run()
+        return 0
+    seed, deadline = time.time_ns() % 10**9, time.monotonic() + given.seconds
+    logging.getLogger("aios_sched.engine").setLevel(logging.CRITICAL)
+    count = 0
+    while time.monotonic() < deadline:
+        Case(seed + count).run()
+        count += 1
+        alone.cache_clear()
+    print(f"{count} cases from seed {seed} on, no finding")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
