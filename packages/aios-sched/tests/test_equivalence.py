@@ -237,6 +237,7 @@ def test_swapped(model, expected, enable_prefix_caching, host, disk, steps, tmp_
         model,
         num_blocks=16,
         watermark=0,
+        expected_output="none",
         enable_prefix_caching=enable_prefix_caching,
         max_num_batched_tokens=9,
         tiers=tier_plan(tmp_path, host=host, disk=disk),
