@@ -62,6 +62,11 @@ def pair() -> tuple[Connection, Connection]:
     return Connection(ours, event_reader()), Connection(theirs, command_reader())
 
 
+def receive_all(connection: Connection) -> None:
+    while True:
+        connection.receive()
+
+
 def eventually(holds) -> None:
     deadline = time.monotonic() + 5
     while not holds():
@@ -302,9 +307,8 @@ def test_a_rank_that_refuses_while_loading_is_quoted(ranks) -> None:
     with pytest.raises(ConfigError, match="rank 1: 9 heads cannot be shared; use 9"):
         group.group.call("load", [{}, {}], lambda *_: None)
     eventually(lambda: group.ended == 1)
-    assert group.ranks[0].receive() == Call("load", {})
     with pytest.raises(ConnectionLostError):  # the others were let go
-        group.ranks[0].receive()
+        receive_all(group.ranks[0])
 
 
 def test_a_rank_that_leaves_ends_the_group(ranks) -> None:

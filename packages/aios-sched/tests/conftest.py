@@ -23,12 +23,13 @@ from aios_model.sampling.rows import SampledToken
 from aios_sched.config import SchedulerConfig
 from aios_sched.output import StepResult
 from aios_sched.planner import StepPlanner
-from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.policy.registry import make_policy
 from aios_sched.request import Request
 from aios_sched.scheduler import Scheduler
 
 VOCAB_SIZE = 50
 EOS = 0
+DEADLINES = 1e12  # the far future: the driver says when it has come
 
 
 def next_token(token_ids, seed):
@@ -172,7 +173,7 @@ class DelayedStep:
 class Workload:
     """Draws limits and requests. Prompts share prefixes, so that pages are shared, and duplicates meet in one step."""
 
-    def __init__(self, seed):
+    def __init__(self, seed, policy=None):
         self.random = rng = random.Random(seed)
         self.block_size = rng.choice([1, 2, 3, 4, 8])
         self.max_model_len = rng.randint(4, 48)
@@ -188,9 +189,12 @@ class Workload:
             max_model_len=self.max_model_len,
             enable_chunked_prefill=self.chunked,
             watermark=rng.choice([0, 0, 0.01, 0.2]),
+            expected_output=random.Random(seed + 1).choice(["estimated", "none"]),
             max_steps_in_flight=rng.choice([1, 1, 2, 3]),
         )
-        self.priorities = rng.choice([[0], [0], [-1, 0, 5]])
+        # Drawn apart, so that a seed means the same limits and prompts under every policy.
+        self.policy_name = policy or random.Random(seed).choice(["fcfs", "priority", "fair", "prefix"])
+        self.priorities = rng.choice([[0], [0], [-1, 0, 5]]) if self.policy_name == "priority" else [0]
         self.prefixes = [self._tokens(rng.randint(1, self.max_model_len)) for _ in range(3)]
         self.num_requests = 0
 
@@ -238,6 +242,8 @@ class Workload:
             seed=rng.choice([0, 1, 2**31]),
             eos_token_ids=(EOS,),
             priority=rng.choice(self.priorities),
+            tenant=f"tenant {self.num_requests % 3}",
+            arrival_time=1e9 + self.num_requests,
             cache_salt=rng.choice(["", "", "", "tenant"]),
         )
 
@@ -248,12 +254,21 @@ class Workload:
 class Driver:
     """Adds, schedules, returns, aborts and rolls back at random, and checks what must hold after every single move."""
 
-    def __init__(self, seed, *, scheduler_class=Scheduler, planner_class=StepPlanner, block_manager_class=BlockManager):
-        self.workload = workload = Workload(seed)
+    def __init__(
+        self,
+        seed,
+        *,
+        policy=None,
+        scheduler_class=Scheduler,
+        planner_class=StepPlanner,
+        block_manager_class=BlockManager,
+    ):
+        self.workload = workload = Workload(seed, policy)
         self.random = workload.random
         self.block_manager = workload.block_manager()
         self.block_manager.__class__ = block_manager_class
-        self.scheduler = scheduler_class(workload.config, self.block_manager, FCFSQueue())
+        policy = make_policy(workload.policy_name, block_manager=self.block_manager)
+        self.scheduler = scheduler_class(workload.config, self.block_manager, policy)
         self.scheduler._planner.__class__ = planner_class
         losses = random.Random(seed) if self.random.random() < 0.7 else None
         self.runner = PageStoreRunner(workload.block_size, losses=losses)
@@ -285,6 +300,8 @@ class Driver:
         request = self.workload.request()
         self.requests[request.request_id] = request
         self.outputs[request.request_id] = []
+        if len(self.requests) % 4 == 0:
+            request.deadline = DEADLINES + len(self.requests)
         self.scheduler.add(request)
 
     def schedule(self):
@@ -309,6 +326,7 @@ class Driver:
     def abort(self):
         ids = self.random.sample(sorted(self.requests), min(len(self.requests), 2))
         self.collect(self.scheduler.abort([*ids, "unknown"]))
+        self.collect(self.scheduler.expire(DEADLINES + len(self.requests) - 6))
 
     def fail_some(self):
         """The oldest step fails, so all behind it are undone; some ran already, some half, some not at all."""
@@ -385,7 +403,7 @@ class Driver:
         for request_id, request in self.requests.items():
             tokens, reason, stop_reason = generate_alone(request, max_model_len=self.workload.max_model_len)
             output, ended = self.outputs[request_id], self.ended[request_id]
-            if ended[0] == "abort":
+            if ended[0] in ("abort", "timeout"):
                 assert output == tokens[: len(output)], f"{request} differs from itself alone"
             else:
                 assert (output, *ended) == (tokens, reason, stop_reason, None), f"{request} differs from itself alone"
@@ -400,6 +418,7 @@ def make_scheduler(
     max_model_len=64,
     enable_prefix_caching=True,
     scheduler_class=Scheduler,
+    policy="fcfs",
     **options,
 ):
     config = SchedulerConfig(
@@ -409,10 +428,22 @@ def make_scheduler(
         **options,
     )
     pages = BlockManager(num_blocks=num_blocks, block_size=block_size, enable_prefix_caching=enable_prefix_caching)
-    return scheduler_class(config, pages, FCFSQueue())
+    waiting = make_policy(policy, block_manager=pages) if isinstance(policy, str) else policy
+    return scheduler_class(config, pages, waiting)
 
 
-def make_request(request_id, prompt, *, seed=0, priority=0, cache_salt="", arrival_time=None, **params):
+def make_request(
+    request_id,
+    prompt,
+    *,
+    seed=0,
+    priority=0,
+    cache_salt="",
+    arrival_time=None,
+    tenant="default",
+    deadline=None,
+    **params,
+):
     params.setdefault("max_tokens", 8)
     params.setdefault("ignore_eos", True)
     return Request(
@@ -424,6 +455,8 @@ def make_request(request_id, prompt, *, seed=0, priority=0, cache_salt="", arriv
         priority=priority,
         cache_salt=cache_salt,
         arrival_time=arrival_time,
+        tenant=tenant,
+        deadline=deadline,
     )
 
 
@@ -453,6 +486,7 @@ def lab():
         PageStoreRunner=PageStoreRunner,
         Workload=Workload,
         generate_alone=generate_alone,
+        make_policy=make_policy,
         make_request=make_request,
         make_scheduler=make_scheduler,
         next_token=next_token,

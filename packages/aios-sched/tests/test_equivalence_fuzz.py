@@ -1,8 +1,8 @@
 """The equivalence contract, fuzzed: tokens are those of the request alone, whatever happens around it.
 
-A case is an engine with random limits over a real (tiny) decoder in float64, random requests that share prefixes, and
-random events: arrivals, aborts, steps that fail halfway. The oracle is `aios_model.generate`, which knows neither pages
-nor batches. After every step the books of pages must balance.
+A case is an engine with random limits, policy and tiers over a real (tiny) decoder in float64, random requests that
+share prefixes, and random events: arrivals, aborts, steps that fail halfway. The oracle is `aios_model.generate`, which
+knows neither pages nor batches. After every step the books of pages must balance.
 
     pytest packages/aios-sched/tests/test_equivalence_fuzz.py                       a few fixed seeds
     python packages/aios-sched/tests/test_equivalence_fuzz.py --seconds 600         soaking: new seeds until time is up
@@ -15,6 +15,7 @@ import argparse
 import logging
 import random
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,7 +29,10 @@ import torch
 
 from aios_kvcache.block import PageContent
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.page_mover import PageMover
 from aios_kvcache.paged_cache import PagedKVCache
+from aios_kvcache.tier_sizing import TierPlan
+from aios_kvcache.tiers import PageTiers
 from aios_model.decoder import DecoderModel
 from aios_model.families import find_hf_family
 from aios_model.generate import generate_tokens
@@ -41,7 +45,7 @@ from aios_sched.engine import Engine
 from aios_sched.model_runner import ModelRunner
 from aios_sched.output import ScheduledRequest
 from aios_sched.planner import StepPlanner
-from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.policy.registry import PolicyName, make_policy
 from aios_sched.request import Request
 from aios_sched.scheduler import Scheduler
 
@@ -164,12 +168,16 @@ class Case:
         self.rng = random.Random(self.seed)
         self.block_size = self.rng.choice([1, 2, 3, 4, 7, 16])
         longest = -(-MAX_MODEL_LEN // self.block_size)
+        self.policy: PolicyName = self.rng.choice(["fcfs", "priority", "fair", "prefix"])
+        self.tiers = self._tiers(longest) if self.rng.random() < 0.5 else None
         self.pages = BlockManager(
             num_blocks=longest + self.rng.choice([0, 0, 1, longest // 2, 2 * longest]),
             block_size=self.block_size,
             enable_prefix_caching=self.rng.random() < 0.8,
             # A hash with few values: pages meet collisions all the time.
             hash_function=self.rng.choice([hash, lambda key: hash(key) % 5]),
+            tiers=self.tiers
+            and PageTiers(num_host_pages=self.tiers.num_host_pages, num_disk_pages=self.tiers.num_disk_pages),
         )
         # Made of few phrases, so that the same page stands behind different beginnings.
         phrases = [self._tokens(self.rng.randint(1, 7)) for _ in range(3)]
@@ -177,6 +185,7 @@ class Case:
             [token for phrase in self.rng.choices(phrases, k=self.rng.randint(1, 5)) for token in phrase][:30]
             for _ in range(4)
         ]
+        self.mover: PageMover | None = None
         self.engine = self._engine()
         self.expected: dict[str, list[int]] = {}
         self.found: dict[str, list[int]] = {}
@@ -188,6 +197,9 @@ class Case:
             self._run()
         except Exception as error:
             raise AssertionError(f"case {self.seed}: {type(error).__name__}: {error}") from error
+        finally:
+            if self.mover is not None:
+                self.mover.close()
 
     def _run(self) -> None:
         waiting = [self._request(str(index)) for index in range(self.rng.randint(3, 9))]
@@ -227,9 +239,20 @@ class Case:
             dtype=decoder.dtype,
             device=decoder.device,
         )
-        runner = ModelRunner(decoder, cache, Sampler(vocab_size=VOCAB_SIZE, device=decoder.device))
+        self.mover = self.tiers and PageMover(cache.page_tensors, self.tiers)
+        sampler = Sampler(vocab_size=VOCAB_SIZE, device=decoder.device)
+        runner = ModelRunner(decoder, cache, sampler, mover=self.mover)
         executor = DelayedExecutor(runner, rng, max_steps_in_flight=in_flight, fault_rate=rng.choice([0, 0, 0.02, 0.1]))
-        return Engine(Scheduler(config, self.pages, FCFSQueue()), executor)
+        return Engine(Scheduler(config, self.pages, make_policy(self.policy, block_manager=self.pages)), executor)
+
+    def _tiers(self, longest: int) -> TierPlan:
+        """Small ones, so that pages move on and are dropped."""
+        return TierPlan(
+            num_host_pages=self.rng.randint(1, 2 * longest),
+            num_disk_pages=self.rng.choice([0, 3, 2 * longest]),
+            directory=tempfile.gettempdir(),
+            page_bytes=0,  # of no interest here
+        )
 
     def _request(self, request_id: str) -> Request:
         rng = self.rng
@@ -252,7 +275,8 @@ class Case:
             params=params,
             seed=params.seed or 0,
             eos_token_ids=(EOS,),
-            priority=rng.choice([0, 0, -1, 3]),
+            priority=rng.choice([0, 0, -1, 3]) if self.policy == "priority" else 0,
+            tenant=rng.choice(["a", "a", "b"]),
             cache_salt=rng.choice(["", "", "tenant"]),
         )
 

@@ -45,7 +45,7 @@ def test_decodes_run_beside_a_long_prompt_and_never_behind_it(lab):
 
 
 def test_long_prompt_of_higher_priority_does_not_hold_up_decodes(lab):
-    scheduler, runner = lab.make_scheduler(max_num_batched_tokens=8), lab.PageStoreRunner(4)
+    scheduler, runner = lab.make_scheduler(max_num_batched_tokens=8, policy="priority"), lab.PageStoreRunner(4)
     scheduler.add(lab.make_request("short", [1, 2], max_tokens=20))
     scheduler.update(step := scheduler.schedule(), runner.execute(step))
     scheduler.add(lab.make_request("urgent", range(1, 31), priority=-1))
@@ -100,7 +100,7 @@ def test_preempted_request_resumes_with_same_tokens(lab):
 
 
 def test_newest_of_the_least_important_gives_way(lab):
-    scheduler, runner = lab.make_scheduler(num_blocks=6, watermark=0), lab.PageStoreRunner(4)
+    scheduler, runner = lab.make_scheduler(num_blocks=6, watermark=0, policy="priority"), lab.PageStoreRunner(4)
     urgent = lab.make_request("urgent", [3] * 4, priority=-1, max_tokens=12)
     old, new = lab.make_request("old", [1] * 4, max_tokens=12), lab.make_request("new", [2] * 4, max_tokens=12)
     for request in (old, new, urgent):
@@ -455,3 +455,32 @@ def test_steps_that_run_side_by_side_share_the_requests(lab):
         assert len(step.requests) <= 3
         apply(step)
     assert tokens == {name: alone(lab, request) for name, request in requests.items()}
+
+
+# -- seats -------------------------------------------------------------------------------------------------------------
+
+
+def test_under_fair_a_newcomer_takes_a_seat_of_a_flood(lab):
+    scheduler, runner = lab.make_scheduler(max_num_seqs=4, policy="fair"), lab.PageStoreRunner(4)
+    flood = [lab.make_request(f"f{number}", [number + 1] * 6, tenant="flood", max_tokens=20) for number in range(9)]
+    for request in flood:
+        scheduler.add(request)
+    for _ in range(3):
+        step = scheduler.schedule()
+        scheduler.update(step, runner.execute(step))
+    late = lab.make_request("late", [40] * 6, tenant="late", max_tokens=5)
+    scheduler.add(late)
+    step = scheduler.schedule()
+    assert "late" in rows(step)
+    assert [request.status for request in flood[:4]] == [*[RequestStatus.RUNNING] * 3, RequestStatus.PREEMPTED]
+    scheduler.update(step, runner.execute(step))
+    lab.run_until_done(scheduler, runner)
+    assert all(request.output_token_ids == alone(lab, request) for request in [*flood, late])
+
+
+def test_a_more_important_newcomer_is_read_before_a_long_prompt_that_is_being_read(lab):
+    scheduler, runner = lab.make_scheduler(max_num_batched_tokens=8, policy="priority"), lab.PageStoreRunner(4)
+    scheduler.add(lab.make_request("long", range(1, 31), priority=1))
+    scheduler.update(step := scheduler.schedule(), runner.execute(step))
+    scheduler.add(lab.make_request("urgent", [3] * 5, priority=-1))
+    assert rows(scheduler.schedule()) == {"urgent": (0, 5), "long": (8, 3)}

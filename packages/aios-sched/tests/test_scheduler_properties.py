@@ -35,6 +35,7 @@ def test_the_driver_reaches_what_it_claims_to_test(lab):
     assert sum(driver.max_steps_in_flight > 1 for driver in drivers) > 10
     reasons = [ended[0] for driver in drivers for ended in driver.ended.values()]
     assert min(map(reasons.count, ("stop", "length", "abort"))) > 50
+    assert reasons.count("timeout") > 20
     assert "error" not in reasons
 
 
@@ -146,10 +147,10 @@ class SchedulesTokensInFlightAgain(StepPlanner):
 
 
 class IgnoresSeats(StepPlanner):
-    def _plan_newcomers(self, plan):
+    def _plan_newcomers(self, plan, **options):
         config = self._config
         self._config = replace(config, max_num_seqs=99, max_num_batched_tokens=99)
-        super()._plan_newcomers(plan)
+        super()._plan_newcomers(plan, **options)
         self._config = config
 
 

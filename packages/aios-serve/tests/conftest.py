@@ -89,6 +89,8 @@ class Call:
     priority: int
     cache_salt: str
     session: str
+    tenant: str
+    deadline: float | None
 
 
 @dataclass
@@ -233,10 +235,14 @@ class ScriptedEngine:
         priority: int = 0,
         cache_salt: str = "",
         session: str = "",
+        tenant: str = "default",
+        deadline: float | None = None,
     ) -> AsyncIterator[RequestDelta]:
         self.check_request(prompt_token_ids, params)
         assert request_id is not None
-        self.calls.append(Call(list(prompt_token_ids), params, request_id, priority, cache_salt, session))
+        self.calls.append(
+            Call(list(prompt_token_ids), params, request_id, priority, cache_salt, session, tenant, deadline)
+        )
         self.num_open_requests += 1
         finished = False
         try:

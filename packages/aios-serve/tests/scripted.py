@@ -25,7 +25,7 @@ from aios_sched.config import SchedulerConfig
 from aios_sched.engine import Engine
 from aios_sched.executor import LocalExecutor
 from aios_sched.output import StepResult
-from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.policy.registry import make_policy
 from aios_sched.scheduler import Scheduler
 from aios_serve.engine_port import EnginePort, StepTokenCounter
 from aios_serve.model_info import EngineInfo
@@ -76,10 +76,14 @@ def build_scripted(config, progress):
         max_num_queued=config.max_num_queued_reqs,
     )
     step_tokens = StepTokenCounter()
-    engine = Engine(
-        Scheduler(limits, block_manager, FCFSQueue()), LocalExecutor(ScriptedRunner()), listeners=[step_tokens]
+    policy = make_policy(config.scheduling_policy, block_manager=block_manager, tenant_weights=config.tenant_weights)
+    engine = Engine(Scheduler(limits, block_manager, policy), LocalExecutor(ScriptedRunner()), listeners=[step_tokens])
+    port = EnginePort(
+        engine,
+        step_tokens=step_tokens,
+        reset_prefix_cache=block_manager.reset_prefix_cache,
+        request_timeout=config.request_timeout,
     )
-    port = EnginePort(engine, step_tokens=step_tokens, reset_prefix_cache=block_manager.reset_prefix_cache)
     info = EngineInfo(
         model_name="scripted",
         architecture="llama",

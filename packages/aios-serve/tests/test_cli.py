@@ -71,6 +71,7 @@ def test_every_flag_arrives(run, tmp_path):
         *("--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", "1GiB", "--block-size", "32"),
         *("--no-enable-prefix-caching", "--kv-cache-policy", "contiguous", "--max-num-seqs", "4"),
         *("--max-num-batched-tokens", "64", "--no-enable-chunked-prefill", "--max-num-queued-reqs", "9", "-tp", "1"),
+        *("--scheduling-policy", "priority", "--priority-aging-seconds", "2", "--request-timeout", "60"),
         *("--threads", "3", "--no-engine-process", "--log-level", "warning"),
     )
     assert engine == EngineConfig(
@@ -95,6 +96,9 @@ def test_every_flag_arrives(run, tmp_path):
         max_num_seqs=4,
         max_num_batched_tokens=64,
         enable_chunked_prefill=False,
+        scheduling_policy="priority",
+        priority_aging_seconds=2.0,
+        request_timeout=60.0,
         max_num_queued_reqs=9,
         threads=3,
         engine_process=False,

@@ -81,6 +81,8 @@ def test_aliases_and_paths_are_brought_to_one_form():
 
 def test_a_config_survives_the_wire():
     config = EngineConfig(model="m", served_model_name=("a", "b"), max_model_len=128, device_memory_utilization=0.5)
+    weights = EngineConfig(scheduling_policy="fair", tenant_weights={"a": 2, "b": 0.5}, request_timeout=3)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(weights), type=EngineConfig) == weights
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
 
 

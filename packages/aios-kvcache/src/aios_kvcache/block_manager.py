@@ -90,6 +90,18 @@ class BlockManager:
         """Whether a sequence of so many tokens fits into the pool when it has the pool to itself."""
         return num_blocks_for(num_tokens, self.block_size) <= self.num_blocks
 
+    def count_cached_tokens(self, token_ids: Sequence[int], *, salt: str = "") -> int:
+        """How many leading tokens `open` would find in the cache now; changes nothing, stops at the first miss."""
+        size, parent = self.block_size, None
+        if not self.enable_prefix_caching:
+            return 0
+        for start in range(0, len(token_ids) - size, size):
+            block = self._cache.find(parent, tuple(token_ids[start : start + size]), salt)
+            if block is None:
+                return start
+            parent = block.content
+        return (len(token_ids) - 1) // size * size
+
     def block_table(self, sequence_id: str) -> list[int]:
         """The sequence's pages in the order of its tokens; a copy, which a step's plan may keep."""
         return self._get(sequence_id).table.copy()

@@ -3,7 +3,7 @@
 In reading order:
 
     Request, RequestStatus          one request: its tokens, its two counters, its life
-    WaitingQueue, FCFSQueue         who is admitted next
+    WaitingQueue, FCFSQueue, ...    who is admitted next, and who gives way: the policies
     SchedulerConfig, Scheduler      which tokens run in the next step
     SchedulerOutput, ...            a step as plain data, and what came of it
     Executor, LocalExecutor         who runs a step
@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from aios_sched.model_runner import ModelRunner
     from aios_sched.output import ScheduledRequest, SchedulerOutput, StepResult, TokenOutput
     from aios_sched.policy.base import WaitingQueue
+    from aios_sched.policy.fair import FairQueue
     from aios_sched.policy.fcfs import FCFSQueue
+    from aios_sched.policy.prefix import PrefixQueue
+    from aios_sched.policy.priority import PriorityQueue
+    from aios_sched.policy.registry import make_policy
     from aios_sched.request import FinishReason, Request, RequestStatus
     from aios_sched.routing.base import Choice, RoutedRequest, RoutingPolicy
     from aios_sched.routing.router import Router, Ticket
@@ -52,7 +56,11 @@ _MODULES = {
     "StepResult": "output",
     "TokenOutput": "output",
     "WaitingQueue": "policy.base",
+    "FairQueue": "policy.fair",
     "FCFSQueue": "policy.fcfs",
+    "PrefixQueue": "policy.prefix",
+    "PriorityQueue": "policy.priority",
+    "make_policy": "policy.registry",
     "FinishReason": "request",
     "Request": "request",
     "RequestStatus": "request",
@@ -74,10 +82,13 @@ __all__ = [
     "EngineStats",
     "Executor",
     "FCFSQueue",
+    "FairQueue",
     "FinishReason",
     "LocalExecutor",
     "ModelRunner",
     "PackedBatch",
+    "PrefixQueue",
+    "PriorityQueue",
     "QueueFullError",
     "Request",
     "RequestStatus",
@@ -99,6 +110,7 @@ __all__ = [
     "Ticket",
     "TokenOutput",
     "WaitingQueue",
+    "make_policy",
     "pack",
 ]
 

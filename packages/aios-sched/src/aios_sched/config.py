@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from aios_model.errors import ConfigError
 
@@ -21,6 +22,8 @@ class SchedulerConfig:
         max_num_queued: Requests that may wait beyond those a free seat is there for; None means any number.
         watermark: Share of the pages that admission leaves free for the requests that run, which will need more as they
             grow; without it, a new request would be admitted only to be preempted a few steps later.
+        expected_output: What admission expects those that run to generate yet: "estimated" from requests that finished,
+            "maximal" what they may at most (nobody is ever preempted, few run at once), or "none".
         max_steps_in_flight: Steps that run side by side, one per stage of a pipeline: each takes its share of the
             requests that are being answered.
 
@@ -34,6 +37,7 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     max_num_queued: int | None = None
     watermark: float = 0.01
+    expected_output: Literal["estimated", "maximal", "none"] = "estimated"
     max_steps_in_flight: int = 1
 
     def __post_init__(self) -> None:
@@ -42,6 +46,9 @@ class SchedulerConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} cannot be used: it must be at least 1")
         if self.max_num_queued is not None and self.max_num_queued < 0:
             raise ConfigError(f"max_num_queued={self.max_num_queued} cannot be used: give 0 or more, or None")
+        choices = ("estimated", "maximal", "none")
+        if self.expected_output not in choices:
+            raise ConfigError(f"expected_output={self.expected_output!r} cannot be used: choose {', '.join(choices)}")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark={self.watermark} cannot be used: it is a share, at least 0 and below 1")
         if self.max_num_batched_tokens < self.max_num_seqs:

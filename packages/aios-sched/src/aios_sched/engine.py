@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -85,13 +86,15 @@ class Engine:
         """Keeps the executor busy, then takes the result of its oldest step.
 
         Returns:
-            News of the requests in that step; empty when there is nothing to do, and after a step without new tokens.
+            News of the requests in that step, and of those whose deadline has passed; empty when there is nothing to
+            do, and after a step without new tokens.
 
         Raises:
             ExecutorLostError: What runs the steps is gone; the engine cannot be used again.
         """
         started = perf_counter()
-        outputs = self._submit_steps()
+        outputs = self._scheduler.expire(time.monotonic())
+        outputs += self._submit_steps()
         if self._in_flight:
             outputs += self._take_result(self._in_flight.popleft())
         else:

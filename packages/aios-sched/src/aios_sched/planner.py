@@ -4,9 +4,11 @@ One token budget, no phases. A step gives every running request that knows its n
 prompts that are being read, then newcomers, until the budget, the seats or the pages are used up. So a long prompt
 costs the others at most one step's budget of delay, never its whole length (Sarathi-Serve, arXiv 2403.02310).
 
-Nobody starves. Requests are ordered by importance: priority, then arrival. Pages flow only upwards in that order: who
-lacks one takes it from the least important, or waits with what it holds. The most important request can take from
-everyone, and alone it fits (`Scheduler.add` refuses what does not); so it finishes, and the next one takes its place.
+Nobody starves. Requests are ordered by importance: the rank that the policy gave them, then arrival. Pages flow only
+upwards in that order: who lacks one takes it from the least important, or waits with what it holds. No rank changes
+while its request has pages. So the most important request can take from everyone, and alone it fits (`Scheduler.add`
+refuses what does not); it finishes, and the next one takes its place. That every single request becomes the most
+important one in the end is up to the policy, and each says why.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class StepPlanner:
     Args:
         config: Limits.
         block_manager: The pages.
-        waiting: Those without pages, in the order of the policy.
+        waiting: The policy: those without pages, in the order of admission.
         clock: Tells the time in seconds.
 
     Attributes:
@@ -64,6 +66,10 @@ class StepPlanner:
         self._clock = clock
         self._waiting = waiting
         self._admission = Admission(config, block_manager)
+
+    def learn(self, request: Request) -> None:
+        """A request came to its own end; admission expects the next ones to be like it."""
+        self._admission.learn(request)
 
     def plan(self) -> StepPlan:
         """The next step; without rows if nothing can run.
@@ -96,15 +102,28 @@ class StepPlanner:
 
     def is_still_refused(self, request: Request, budget: int) -> bool:
         """Whether a request that had to wait still has to, with so many tokens left in the step."""
-        return self._admission.is_still_refused(request, budget)
+        return self._admission.is_still_refused(request, budget, len(self.running))
 
     def _plan_step(self, plan: StepPlan) -> None:
+        self._free_a_seat()
         num_preemptions = self.num_preemptions
         prefills = self._plan_decodes(plan)
-        self._plan_prefills(prefills, plan)
         # Pages that were just taken from someone are not for newcomers.
-        if plan.budget and num_preemptions == self.num_preemptions:
-            self._plan_newcomers(plan)
+        plan.admits = num_preemptions == self.num_preemptions
+        self._plan_prefills(prefills, plan)
+        self._plan_newcomers(plan)
+
+    def _free_a_seat(self) -> None:
+        """Lets the policy give the seat of the least important request to the next one in line."""
+        running = self.running
+        if len(running) < self._config.max_num_seqs or running[-1].num_in_flight_tokens:
+            return
+        request, victim = self._waiting.peek(), running[-1]
+        if request is None or request.importance() > victim.importance():
+            return
+        if self._waiting.may_displace(request, victim):
+            del running[-1]
+            self._preempt(victim)
 
     def _plan_decodes(self, plan: StepPlan) -> list[Request]:
         """Gives a place to every request with one token to compute; returns those with more.
@@ -128,8 +147,9 @@ class StepPlanner:
         return prefills
 
     def _plan_prefills(self, prefills: list[Request], plan: StepPlan) -> None:
-        """Continues prompts; they got all their pages when they were admitted."""
+        """Continues prompts; they got all their pages when they were admitted. More important newcomers go first."""
         for request in prefills:
+            self._plan_newcomers(plan, ahead_of=request)
             if request.status is not RequestStatus.RUNNING:
                 continue  # a decode took its pages a moment ago
             plan.current = request
@@ -139,16 +159,19 @@ class StepPlanner:
                 return
             self._take_tokens(request, plan)
 
-    def _plan_newcomers(self, plan: StepPlan) -> None:
+    def _plan_newcomers(self, plan: StepPlan, *, ahead_of: Request | None = None) -> None:
         """Admits from the queue; strictly in its order, or small requests would keep a large one out for ever."""
         waiting, running, max_num_seqs = self._waiting, self.running, self._config.max_num_seqs
-        while plan.budget and len(running) < max_num_seqs and (request := waiting.peek()) is not None:
+        while plan.admits and plan.budget and len(running) < max_num_seqs and (request := waiting.peek()) is not None:
+            if ahead_of is not None and request.importance() > ahead_of.importance():
+                return
             plan.current = request
             copies = self._admission.admit(request, running=running, budget=plan.budget)
             if copies is None:
+                plan.admits = False
                 return
             self.block_copies += copies
-            waiting.remove(request)
+            waiting.admit(request)
             request.status = RequestStatus.RUNNING
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = self._clock()
@@ -227,15 +250,17 @@ class StepPlan:
     """A step in the making.
 
     Attributes:
+        admits: Whether newcomers may come in.
         budget: Tokens that are left.
         current: Who is being planned, and to blame if that fails.
         requests: Those that have a place.
         rows: Their shares, in the same order.
     """
 
-    __slots__ = ("budget", "current", "requests", "rows")
+    __slots__ = ("admits", "budget", "current", "requests", "rows")
 
     def __init__(self, budget: int) -> None:
+        self.admits = True
         self.budget = budget
         self.current: Request | None = None
         self.requests: list[Request] = []

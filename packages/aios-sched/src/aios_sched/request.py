@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from aios_model.sampling.params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "timeout"]
+
+DEFAULT_TENANT = "default"
 
 
 class RequestStatus(Enum):
@@ -44,7 +46,10 @@ class Request:
         seed: Keys the sampling noise, together with a token's position; the same seed gives the same tokens again.
         eos_token_ids: Tokens with which the model ends its answer.
         arrival_time: In seconds of `time.monotonic()`, which the processes of one machine share; None means now.
-        priority: Lower is more important, as in vLLM. Under memory pressure the least important gives way first.
+        priority: Lower is more important, as in vLLM; for the policy "priority" only.
+        tenant: Who shares the engine with whom: the policy "fair" serves tenants evenly.
+        deadline: In seconds of `time.monotonic()`: unfinished then, it ends with finish_reason "timeout"; None waits
+            as long as it takes.
         cache_salt: Only requests with the same salt share cached pages.
 
     Attributes:
@@ -56,10 +61,11 @@ class Request:
         stop_token_ids: The tokens that end this request.
         max_tokens: Most output tokens; the scheduler resolves None of the params to what the context leaves.
         arrival_order: Position in the order of arrival, given by the scheduler.
+        rank: Given by the policy; with the order of arrival it says who is more important. Lower is more.
         num_preemptions: How often it lost its pages.
         has_lost_pages: Whether a page did not come back from a tier: once no step is on its way, it starts over.
         use_tiers: Whether to look for its pages below the pool; not again after it lost some there.
-        finish_reason: "stop", "length", "abort" or "error" once finished.
+        finish_reason: "stop", "length", "abort", "error" or "timeout" once finished.
         stop_reason: The id of `params.stop_token_ids` that ended it; None for end-of-sequence and other reasons.
     """
 
@@ -67,6 +73,7 @@ class Request:
         "arrival_order",
         "arrival_time",
         "cache_salt",
+        "deadline",
         "eos_token_ids",
         "finish_reason",
         "finished_time",
@@ -82,11 +89,13 @@ class Request:
         "params",
         "priority",
         "prompt_token_ids",
+        "rank",
         "request_id",
         "seed",
         "status",
         "stop_reason",
         "stop_token_ids",
+        "tenant",
         "token_ids",
         "use_tiers",
     )
@@ -102,6 +111,8 @@ class Request:
         arrival_time: float | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = DEFAULT_TENANT,
+        deadline: float | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = list(prompt_token_ids)
@@ -111,6 +122,8 @@ class Request:
         self.arrival_time = time.monotonic() if arrival_time is None else arrival_time
         self.priority = priority
         self.cache_salt = cache_salt
+        self.tenant = tenant
+        self.deadline = deadline
         # Told to ignore the end of sequence, the model may write it like any other token.
         self.stop_token_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
 
@@ -125,6 +138,7 @@ class Request:
         self.use_tiers = True
         self.max_tokens = params.max_tokens
         self.arrival_order = 0
+        self.rank = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | None = None
         self.first_scheduled_time: float | None = None
@@ -146,9 +160,9 @@ class Request:
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
 
-    def importance(self) -> tuple[int, int]:
-        """Sorts requests: whoever is smaller gets pages first and loses them last."""
-        return (self.priority, self.arrival_order)
+    def importance(self) -> tuple[float, int]:
+        """Sorts requests: whoever is smaller gets pages first and loses them last. Fixed while it has any."""
+        return (self.rank, self.arrival_order)
 
     def __repr__(self) -> str:
         return (

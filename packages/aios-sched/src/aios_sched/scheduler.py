@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING
 
 from aios_model.errors import InvalidRequestError
 from aios_sched.config import SchedulerConfig
+from aios_sched.deadlines import Deadlines
 from aios_sched.errors import QueueFullError, StepResultError, describe
 from aios_sched.output import SchedulerOutput, TokenOutput
 from aios_sched.planner import StepPlan, StepPlanner
 from aios_sched.request import RequestStatus
 from aios_sched.stats import RequestTiming
 from aios_sched.stop import check_stop
-from aios_sched.validation import check_pool, resolve_max_tokens
+from aios_sched.validation import check_deadline, check_pool, resolve_max_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -44,7 +45,7 @@ class Scheduler:
     Args:
         config: Limits.
         block_manager: The pages.
-        waiting: The policy: who is admitted next.
+        waiting: The policy: who is admitted next, and who gives way.
         clock: Tells the time in seconds; a simulator brings its own.
 
     Attributes:
@@ -68,6 +69,7 @@ class Scheduler:
         self._waiting = waiting
         self._planner = StepPlanner(config, block_manager, waiting, clock=clock)
         self._requests: dict[str, Request] = {}  # all that are not done with, those aborted in flight included
+        self._deadlines = Deadlines()
         self._forgettable_ids: list[str] = []  # for the next step: whom runners may forget
         self._has_losses = False  # whether any running request has lost pages
         self._num_added = 0
@@ -99,8 +101,8 @@ class Scheduler:
         """Puts a new request into the queue.
 
         Raises:
-            InvalidRequestError: it could never finish: prompt or output are too long for the context or the pool, or
-                its id is taken.
+            InvalidRequestError: it could never finish: prompt or output are too long for the context or the pool, its
+                deadline has passed, its id is taken, or the policy does not know its priority or tenant.
             QueueFullError: too many wait already.
         """
         pages = self.block_manager
@@ -108,12 +110,14 @@ class Scheduler:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         max_tokens = resolve_max_tokens(request, max_model_len=self.config.max_model_len)
         check_pool(request, max_tokens=max_tokens, num_blocks=pages.num_blocks, block_size=pages.block_size)
+        check_deadline(request, now=self._clock())
         self._check_queue()
         request.max_tokens = max_tokens
         request.arrival_order = self._num_added
+        self._waiting.push(request)
         self._num_added += 1
         self._requests[request.request_id] = request
-        self._waiting.push(request)
+        self._deadlines.add(request)
 
     def abort(self, request_ids: Iterable[str], *, finish_reason: FinishReason = "abort") -> list[TokenOutput]:
         """Ends requests from outside, wherever they are; ids that are unknown or finished are ignored.
@@ -135,6 +139,18 @@ class Scheduler:
         outputs = self.abort([request_id], finish_reason="error")
         for output in outputs:
             output.error = message
+        return outputs
+
+    def expire(self, now: float) -> list[TokenOutput]:
+        """Ends requests whose deadline is not after `now`, of `time.monotonic()`, with finish_reason "timeout".
+
+        Their pages are free at once, or as soon as the step that uses them has returned.
+        """
+        outputs = []
+        for request_id, arrival_order in self._deadlines.take_due(now):
+            request = self._requests.get(request_id)
+            if request is not None and request.arrival_order == arrival_order:  # else its id has a new owner
+                outputs += self.abort([request_id], finish_reason="timeout")
         return outputs
 
     def _check_queue(self) -> None:
@@ -275,6 +291,7 @@ class Scheduler:
 
     def _append(self, request: Request, sampled: SampledToken) -> TokenOutput:
         request.append_token(sampled.token_id)
+        self._waiting.charge(request, 1)
         self.num_generation_tokens += 1
         if request.first_token_time is None:
             request.first_token_time = self._clock()
@@ -283,6 +300,7 @@ class Scheduler:
         if stop is None:
             token_output = TokenOutput(request_id=request.request_id, num_cached_tokens=request.num_cached_tokens)
         else:
+            self._planner.learn(request)
             token_output = self._finish(request, stop.reason, stop_reason=stop.token_id)
         token_output.token_ids.append(sampled.token_id)
         token_output.logprobs.append(sampled.logprobs)
@@ -292,10 +310,10 @@ class Scheduler:
         self, request: Request, reason: FinishReason, *, stop_reason: int | None = None, error: str | None = None
     ) -> TokenOutput:
         """Ends a request wherever it stands; `_sweep` then takes it off the list of running ones."""
+        self._waiting.remove(request)
         if request.status is RequestStatus.RUNNING:
             self._release_unless_in_flight(request)
         else:
-            self._waiting.remove(request)
             self.block_manager.forget_saved(request.request_id)
             self._forget(request)
         request.status = RequestStatus.FINISHED

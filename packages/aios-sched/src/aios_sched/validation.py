@@ -75,3 +75,15 @@ def check_pool(request: Request, *, max_tokens: int, num_blocks: int, block_size
             "max_tokens, shorten the prompt, or give the pool more memory",
             param="max_tokens",
         )
+
+
+def check_deadline(request: Request, *, now: float) -> None:
+    """A request must have some time left.
+
+    Raises:
+        InvalidRequestError: its deadline has passed.
+    """
+    if request.deadline is not None and request.deadline <= now:
+        raise InvalidRequestError(
+            f"the deadline passed {now - request.deadline:.3g} s ago; give the request more time", param="deadline"
+        )

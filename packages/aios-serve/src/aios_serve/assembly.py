@@ -13,7 +13,8 @@ from aios_parallel.tracing.group_tracer import GroupTracer
 from aios_sched.config import SchedulerConfig
 from aios_sched.engine import Engine
 from aios_sched.executor import Executor
-from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.policy.priority import DEFAULT_AGING_SECONDS
+from aios_sched.policy.registry import make_policy
 from aios_sched.scheduler import Scheduler
 from aios_serve.config import EngineConfig
 from aios_serve.engine_port import EnginePort, StepTokenCounter
@@ -52,8 +53,19 @@ def assemble(config: EngineConfig, plan: PoolPlan, limits: SchedulerConfig, exec
         enable_prefix_caching=caches_prefixes(config),
     )
     step_tokens = StepTokenCounter()
-    engine = Engine(Scheduler(limits, block_manager, FCFSQueue()), executor, listeners=[step_tokens])
-    return EnginePort(engine, step_tokens=step_tokens, reset_prefix_cache=block_manager.reset_prefix_cache)
+    policy = make_policy(
+        config.scheduling_policy,
+        block_manager=block_manager,
+        aging_seconds=config.priority_aging_seconds or DEFAULT_AGING_SECONDS,
+        tenant_weights=config.tenant_weights,
+    )
+    engine = Engine(Scheduler(limits, block_manager, policy), executor, listeners=[step_tokens])
+    return EnginePort(
+        engine,
+        step_tokens=step_tokens,
+        reset_prefix_cache=block_manager.reset_prefix_cache,
+        request_timeout=config.request_timeout,
+    )
 
 
 def scheduler_config(config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_stages: int = 1) -> SchedulerConfig:

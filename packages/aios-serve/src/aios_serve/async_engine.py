@@ -6,6 +6,7 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from aios_model.sampling.bad_words import resolve_bad_words
+from aios_sched.request import DEFAULT_TENANT
 from aios_sched.routing.router import ROUTING_POLICIES, Router
 from aios_serve.admission import AdmissionLimits, check_room
 from aios_serve.dispatcher import WAIT_SECONDS, Dispatcher
@@ -201,17 +202,21 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str = "",
         session: str = "",
+        tenant: str = DEFAULT_TENANT,
+        deadline: float | None = None,
     ) -> AsyncGenerator[RequestDelta, None]:
         """Generate, yielding what was gained since the last look: steps coalesce if the consumer is slow.
 
         `params.n` choices are generated side by side, seeded from `params.seed` and their index. `max_tokens=None`
         means what the context has left. The same `request_id` may be open more than once. Leaving the iterator early
         (`aclose()`, cancellation, garbage) aborts the request and frees its pages. An abort from elsewhere ends it
-        with finish reason "abort". With several engines, requests of one `session` may be kept together, and one whose
-        engine dies before it had an output goes to another.
+        with finish reason "abort", and the `deadline` (of `time.monotonic()`) with "timeout". With several engines,
+        requests of one `session` may be kept together, and one whose engine dies before it had an output goes to
+        another.
 
         Raises, at the first `anext`:
             InvalidRequestError, EngineUnavailableError, QueueFullError: as `check_request`.
+            InvalidRequestError: also, if the scheduling policy knows no such priority or `tenant`.
             QueueFullError: also, before any delta, if the engine's own queue refused it.
 
         Raises, at any `anext`:
@@ -226,6 +231,8 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
             session=session,
+            tenant=tenant,
+            deadline=deadline,
         )
         async with aclosing(stream):
             async for delta in stream:

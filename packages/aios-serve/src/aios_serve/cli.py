@@ -121,6 +121,15 @@ class DataParallelRouting(StrEnum):
     round_robin = "round-robin"
 
 
+class SchedulingPolicy(StrEnum):
+    """Values of --scheduling-policy."""
+
+    fcfs = "fcfs"
+    priority = "priority"
+    fair = "fair"
+    prefix = "prefix"
+
+
 class LogLevel(StrEnum):
     """Values of --log-level."""
 
@@ -351,6 +360,34 @@ def serve(
             help="Read long prompts in pieces between the steps of other requests.",
         ),
     ] = ENGINE.enable_chunked_prefill,
+    scheduling_policy: Annotated[
+        SchedulingPolicy,
+        _option(
+            "--scheduling-policy",
+            panel=_BATCHING,
+            help="Who goes first: by arrival (fcfs), by the requests' priorities and their age (priority), whoever was "
+            "served least (fair), or cached prompts (prefix).",
+        ),
+    ] = SchedulingPolicy.fcfs,
+    priority_aging_seconds: Annotated[
+        float | None,
+        _option(
+            "--priority-aging-seconds",
+            panel=_BATCHING,
+            show_default="10",
+            help="With --scheduling-policy priority: seconds of waiting that count like one level of priority.",
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        _option(
+            "--request-timeout",
+            panel=_BATCHING,
+            metavar="SECONDS",
+            show_default="none",
+            help='Longest that a request may wait and run; it then ends with finish_reason "timeout".',
+        ),
+    ] = None,
     max_num_queued_reqs: Annotated[
         int, _option("--max-num-queued-reqs", panel=_BATCHING, help="Requests that may wait; more get a 503.")
     ] = ENGINE.max_num_queued_reqs or 0,
@@ -495,6 +532,9 @@ def serve(
         cpu_offload_gb=cpu_offload_gb,
         kv_cache_policy=kv_cache_policy.value,
         kv_cache_dtype=kv_cache_dtype.value,
+        scheduling_policy=scheduling_policy.value,
+        priority_aging_seconds=priority_aging_seconds,
+        request_timeout=request_timeout,
         max_num_queued_reqs=max_num_queued_reqs,
         max_logprobs=max_logprobs,
         served_model_name=tuple(served_model_name or ()),

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_type_hints
 from aios_model.errors import ConfigError
 from aios_model.native.cores import parse_cpu_list
 from aios_quant.schemes.registry import SCHEME_NAMES
+from aios_sched.policy.registry import PolicyName
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -53,6 +54,13 @@ class EngineConfig:
         cpu_offload_gb: GiB of weights, per rank, that stay in host memory: whole layers, streamed to the GPU ahead of
             use; vLLM's name. Steps then take no less than the time to copy them. Not for the CPU.
         kv_cache_policy: "paged", or "contiguous": one reservation of max_model_len per slot, for comparison.
+        scheduling_policy: Who is admitted next, and who gives way: "fcfs" by arrival, "priority" by the requests' own
+            priorities and their age, "fair" shares between tenants, "prefix" cached prompts first.
+        priority_aging_seconds: Seconds of waiting that count like one level of priority; None is 10.
+        tenant_weights: Tenants and their shares under "fair": others are refused, but "default" always exists. None:
+            every name is a tenant, of weight 1.
+        request_timeout: Seconds after which a request ends with finish_reason "timeout"; None never. A request may ask
+            for less.
         max_num_queued_reqs: Requests that may wait before more are refused; None means any number.
         max_logprobs: Most alternatives per token a request may ask for.
         served_model_name: Names that requests may use, the first of them in answers; empty uses the checkpoint's name.
@@ -106,6 +114,10 @@ class EngineConfig:
     device_memory_utilization: float | None = None
     cpu_offload_gb: float = 0.0
     kv_cache_policy: KVCachePolicy = "paged"
+    scheduling_policy: PolicyName = "fcfs"
+    priority_aging_seconds: float | None = None
+    tenant_weights: dict[str, float] | None = None
+    request_timeout: float | None = None
     max_num_queued_reqs: int | None = 1024
     max_logprobs: int = 20
     served_model_name: tuple[str, ...] = ()
@@ -176,6 +188,9 @@ class EngineConfig:
                 raise _bad(name, getattr(self, name), f"it must be {wanted}")
         if not all(isinstance(name, str) and name for name in self.served_model_name):
             raise _bad("served_model_name", self.served_model_name, "every name must be a string that is not empty")
+        weights = self.tenant_weights
+        if weights is not None and not (isinstance(weights, dict) and all(map(_is_share, weights.items()))):
+            raise _bad("tenant_weights", weights, "it must be a dict from names to positive numbers")
 
     def _check_choices(self) -> None:
         for name, kinds in (
@@ -186,6 +201,7 @@ class EngineConfig:
             ("kv_cache_dtype", KVCacheDType),
             ("distributed_executor", ExecutorBackend),
             ("data_parallel_routing", RoutingName),
+            ("scheduling_policy", PolicyName),
             ("log_level", LogLevel),
         ):
             choices = get_args(kinds)
@@ -222,9 +238,10 @@ class EngineConfig:
             raise _bad("device_memory_utilization", share, "it is a share above 0 and up to 1, such as 0.9")
         if not 0 <= self.cpu_offload_gb < float("inf"):
             raise _bad("cpu_offload_gb", self.cpu_offload_gb, "it is a number of GiB from 0, such as 4")
-        for name in ("heartbeat_timeout", "rank_timeout"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise _bad(name, getattr(self, name), "it must be a positive number of seconds")
+        for name in ("heartbeat_timeout", "rank_timeout", "request_timeout", "priority_aging_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise _bad(name, value, "it must be a positive number of seconds")
 
     def _check_combinations(self) -> None:
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -245,6 +262,9 @@ class EngineConfig:
         if self.data_parallel > 1 and not self.engine_process:
             raise _bad("data_parallel", self.data_parallel, "each replica is a process; leave engine_process on")
 
+        for name, policy in (("priority_aging_seconds", "priority"), ("tenant_weights", "fair")):
+            if getattr(self, name) is not None and self.scheduling_policy != policy:
+                raise _bad(name, getattr(self, name), f"it needs scheduling_policy={policy!r}")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise _bad("expert_parallel", True, "experts are dealt out to the tensor_parallel ranks; ask for 2 or more")
 
@@ -270,6 +290,11 @@ def _plain_types(hint: object) -> tuple[type, ...]:
         return ()
     plain = tuple(kind for kind in kinds if isinstance(kind, type))
     return (*plain, int) if float in plain else plain
+
+
+def _is_share(item: tuple[object, object]) -> bool:
+    name, weight = item
+    return isinstance(name, str) and type(weight) in (int, float) and 0 < weight < float("inf")  # type: ignore[operator]
 
 
 def _bad(name: str, value: object, remedy: str) -> ConfigError:

@@ -18,14 +18,27 @@ if TYPE_CHECKING:
 
 
 class EnginePort:
-    """Adds whole requests (all their choices or none) and returns each step as one message."""
+    """Adds whole requests (all their choices or none) and returns each step as one message.
+
+    Args:
+        engine: Plans and runs steps.
+        step_tokens: Listens to it.
+        reset_prefix_cache: Forgets cached prefixes; False if pages of them are in use.
+        request_timeout: Seconds from its arrival after which any request ends; None never.
+    """
 
     def __init__(
-        self, engine: Engine, *, step_tokens: StepTokenCounter, reset_prefix_cache: Callable[[], bool]
+        self,
+        engine: Engine,
+        *,
+        step_tokens: StepTokenCounter,
+        reset_prefix_cache: Callable[[], bool],
+        request_timeout: float | None = None,
     ) -> None:
         self._engine = engine
         self._step_tokens = step_tokens
         self._reset_prefix_cache = reset_prefix_cache
+        self._request_timeout = request_timeout
         self._silent: dict[str, Request] = {}  # requests without an output so far
 
     @property
@@ -42,13 +55,20 @@ class EnginePort:
         added: list[str] = []
         try:
             for child in message.children:
-                request = _request(message, child)
+                request = _request(message, child, deadline=self._deadline(message))
                 self._engine.add(request)
                 self._silent[child.engine_id] = request
                 added.append(child.engine_id)
         except Exception:
             self.abort(added)
             raise
+
+    def _deadline(self, message: AddRequest) -> float | None:
+        """The request's own, or what the server allows, whichever comes first."""
+        if self._request_timeout is None:
+            return message.deadline
+        latest = message.arrival_time + self._request_timeout
+        return latest if message.deadline is None else min(latest, message.deadline)
 
     def abort(self, engine_ids: Sequence[str]) -> None:
         """Stop these choices; unknown ids are fine."""
@@ -106,7 +126,7 @@ class StepTokenCounter:
         return num_tokens
 
 
-def _request(message: AddRequest, child: ChildRequest) -> Request:
+def _request(message: AddRequest, child: ChildRequest, *, deadline: float | None) -> Request:
     return Request(
         request_id=child.engine_id,
         prompt_token_ids=message.prompt_token_ids,
@@ -116,6 +136,8 @@ def _request(message: AddRequest, child: ChildRequest) -> Request:
         arrival_time=message.arrival_time,
         priority=message.priority,
         cache_salt=message.cache_salt,
+        tenant=message.tenant,
+        deadline=deadline,
     )
 
 

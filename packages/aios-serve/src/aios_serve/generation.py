@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from aios_sched.request import DEFAULT_TENANT
 from aios_serve.error_responses import ClientDisconnectedError
 from aios_serve.openai_responses import PromptTokensDetails, Usage
 from aios_serve.request_identity import prompt_seed
@@ -39,6 +40,8 @@ class GenerationJob:
     priority: int = 0
     cache_salt: str = ""
     session: str = ""
+    tenant: str = DEFAULT_TENANT
+    deadline: float | None = None
     default_seed: int | None = None
 
     @property
@@ -78,6 +81,8 @@ class GenerationJob:
             priority=self.priority,
             cache_salt=self.cache_salt,
             session=self.session,
+            tenant=self.tenant,
+            deadline=self.deadline,
         )
 
     def _seeded_params(self, index: int) -> SamplingParams:

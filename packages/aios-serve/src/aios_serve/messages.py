@@ -23,6 +23,7 @@ import msgspec
 
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import TokenLogprobs
+from aios_sched.request import DEFAULT_TENANT
 from aios_sched.stats import EngineStats
 from aios_serve.config import EngineConfig
 from aios_serve.model_info import EngineInfo
@@ -55,7 +56,7 @@ class ChildRequest(msgspec.Struct, frozen=True, array_like=True):
 class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     """Run a request: all of its children or none.
 
-    `arrival_time` is `time.monotonic()`, which on one machine means the same in every process.
+    `arrival_time` and `deadline` are `time.monotonic()`, which on one machine means the same in every process.
     """
 
     key: str
@@ -66,6 +67,8 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     arrival_time: float
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = DEFAULT_TENANT
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.params, dict):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 LABELS = ("model_name", "engine")
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "abort", "error", "timeout")
 
 # From 1 ms: a small model answers within vLLM's first bucket, and all of its percentiles would be that bucket.
 TOKEN_SECONDS = tuple(step * 10.0**power for power in range(-3, 2) for step in (1, 1.5, 2, 3, 4, 5, 7.5))

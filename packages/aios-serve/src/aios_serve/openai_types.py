@@ -67,6 +67,8 @@ class SamplingFields(ApiModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Int64 | None = None
+    timeout: Annotated[float, Field(gt=0)] | None = None  # seconds
+    deadline: float | None = None  # seconds of Unix time
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     add_special_tokens: bool | None = None

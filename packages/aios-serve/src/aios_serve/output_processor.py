@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from aios_model.tokenizer.detokenizer import IncrementalDetokenizer
 from aios_model.tokenizer.stop_strings import StopStringMatcher
+from aios_sched.request import DEFAULT_TENANT
 from aios_serve.messages import AddRequest, ChildRequest
 from aios_serve.open_request import OpenRequest
 from aios_serve.outputs import CompletionDelta, RequestDelta
@@ -92,6 +93,8 @@ class OutputProcessor:
         priority: int = 0,
         cache_salt: str = "",
         session: str = "",
+        tenant: str = DEFAULT_TENANT,
+        deadline: float | None = None,
     ) -> OpenRequest:
         """Take in a checked request. Its `add_request` is what the engine must be given."""
         self._num_opened += 1
@@ -113,6 +116,8 @@ class OutputProcessor:
                 arrival_time=time.monotonic(),
                 priority=priority,
                 cache_salt=cache_salt,
+                tenant=tenant,
+                deadline=deadline,
             ),
         )
         self._requests[key] = request

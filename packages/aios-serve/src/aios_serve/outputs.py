@@ -19,7 +19,7 @@ class CompletionOutput:
         token_ids: Every generated token, the end-of-sequence or stop token included.
         logprobs: One entry per token of `token_ids` if the request asked for logprobs, else None.
         cumulative_logprob: Sum of the chosen tokens' log-probabilities, or None without logprobs.
-        finish_reason: "stop", "length", "abort" or "error"; None while it is being generated.
+        finish_reason: "stop", "length", "abort", "error" or "timeout"; None while it is being generated.
         stop_reason: The stop string or the stop token id that ended it; None for end-of-sequence and the rest.
     """
 
@@ -149,7 +149,7 @@ class RequestTiming:
 
     Attributes:
         request_id: The caller's id, or the one it was given.
-        finish_reason: Of the last choice to finish: "stop", "length", "abort" or "error".
+        finish_reason: Of the last choice to finish: "stop", "length", "abort", "error" or "timeout".
         num_prompt_tokens: Length of the prompt.
         num_cached_tokens: How much of it came from the prefix cache.
         num_generation_tokens: Tokens generated, over all choices.

@@ -66,6 +66,8 @@ class RequestDesk:
         priority: int,
         cache_salt: str,
         session: str,
+        tenant: str,
+        deadline: float | None,
     ) -> AsyncGenerator[RequestDelta, None]:
         """Run a checked request; see `AsyncEngine.generate`."""
         request = self._processor.open(
@@ -75,6 +77,8 @@ class RequestDesk:
             priority=priority,
             cache_salt=cache_salt,
             session=session,
+            tenant=tenant,
+            deadline=deadline,
         )
         stream = self._streams[request.key] = RequestStream()
         try:

@@ -1,1 +1,1 @@
-"""Who is admitted next: `base.py` is the socket, the other files are policies."""
+"""Who is admitted next, and who gives way? `base.py` is the socket, `registry.py` knows the policies by name."""

@@ -7,6 +7,7 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from aios_serve.auth import tenant_of
 from aios_serve.chat_reply import ChatReply
 from aios_serve.generation import GenerationJob, UsageCounter, collect, unless_disconnected
 from aios_serve.json_response import json_response
@@ -14,6 +15,7 @@ from aios_serve.openai_types import ChatCompletionRequest
 from aios_serve.prompts import encode_chat, fit_prompt
 from aios_serve.refusals import CHAT
 from aios_serve.request_body import parse_body
+from aios_serve.request_deadline import deadline_of
 from aios_serve.request_identity import default_seed
 from aios_serve.routes.openapi import json_body
 from aios_serve.sampling_request import chat_params, with_default_max_tokens
@@ -42,6 +44,8 @@ async def create_chat_completion(request: Request, serving: ServingDep) -> Respo
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         session=session_of(request, body),
+        tenant=tenant_of(request.scope),
+        deadline=deadline_of(body),
         default_seed=default_seed(request.scope),
     )
     job.check(engine)
