@@ -23,8 +23,8 @@ from aios_sched.simulator.trace import TraceRequest
 class Overlapping:
     """Requests of few streams at the same time: their pages are equal, and given back while they decode."""
 
-    def __init__(self, seed, num_requests):
-        self._seed, self._num_requests = seed, num_requests
+    def __init__(self, seed, num_requests, *, priorities):
+        self._seed, self._num_requests, self._priorities = seed, num_requests, priorities
 
     def arrivals(self):
         generator, now = random.Random(self._seed), 0.0
@@ -40,6 +40,7 @@ class Overlapping:
                 num_prefix_tokens=num_prefix,
                 session=f"s{generator.randrange(3)}",
                 tenant=generator.choice(("", "other")),
+                priority=self._priorities and generator.randint(-5, 5),
             )
 
     def follow_up(self, request, *, finished_s):
@@ -70,8 +71,9 @@ def draw_case(seed):
             mean_think_s=generator.choice((0.0, 0.3)),
             **lengths,
         )
-    else:
-        trace = Overlapping(seed, num_requests)
+    policy = generator.choice(("fcfs", "fcfs", "priority", "fair", "prefix"))
+    if kind == 2:
+        trace = Overlapping(seed, num_requests, priorities=policy == "priority")
     block_size = generator.choice((1, 3, 8, 16))
     seats = generator.choice((1, 3, 8))
     system = SystemConfig(
@@ -82,6 +84,7 @@ def draw_case(seed):
         max_model_len=max_model_len,
         max_num_queued=generator.choice((None, 0, 5)),
         enable_prefix_caching=generator.random() < 0.8,
+        policy=policy,
         replicas=generator.choice((1, 1, 2, 5)),
         routing=generator.choice(("round-robin", "least-loaded", "session", "prefix-affinity")),
     )

@@ -116,7 +116,13 @@ Queued = Annotated[
     typer.Option("--max-num-queued-reqs", rich_help_panel=ENGINE, help="Requests that may wait.", show_default="any"),
 ]
 Policy = Annotated[
-    str, typer.Option("--scheduling-policy", rich_help_panel=ENGINE, metavar="NAME", help="Who is admitted next.")
+    str,
+    typer.Option(
+        "--scheduling-policy",
+        rich_help_panel=ENGINE,
+        metavar="NAME",
+        help="Who is admitted next: fcfs, priority, fair, prefix.",
+    ),
 ]
 Replicas = Annotated[int, typer.Option(rich_help_panel=FLEET, min=1, help="Engines behind one router.")]
 RoutingOption = Annotated[

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from aios_model.sampling.rows import SampledToken
 from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.policy.priority import PriorityQueue
 from aios_sched.scheduler import Scheduler
 from aios_sched.simulator.trace import PLAIN_TOKEN
 
@@ -26,6 +27,9 @@ MAX_STEPS = 1024
 """Most steps of one stretch: bounds the lists that are made for it."""
 
 SAMPLED = SampledToken(token_id=PLAIN_TOKEN)
+
+_FIXED_ORDERS = (FCFSQueue, PriorityQueue)
+"""Policies under which who is next depends on nothing but who waits, and nobody loses a seat to a newcomer."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,8 +71,8 @@ class LeapingScheduler(Scheduler):
 
     @property
     def policy_watches(self) -> bool:
-        """Whether the policy may decide by how far the running requests have got; the plain order of arrival won't."""
-        return type(self._waiting) is not FCFSQueue
+        """Whether the policy may decide by how far running requests have got, or give their seats to others."""
+        return type(self._waiting) not in _FIXED_ORDERS
 
     def foresee(self, *, trust_refusal: bool = True) -> Stretch | None:
         """The steps from now on between which nothing will happen; None if the next one has to be planned.
@@ -142,9 +146,11 @@ class LeapingScheduler(Scheduler):
     def _is_blocked(self, *, trust_refusal: bool) -> bool:
         """Whether nobody can be admitted before a request finishes, now or later."""
         running, waiting = self._planner.running, self._waiting
+        if self.policy_watches:
+            return False
         if len(running) >= self.config.max_num_seqs:
             return True
-        # Other policies may change their mind about who is next while time goes by.
+        # Under other policies a newcomer may come to stand before the one that was refused.
         head = waiting.peek() if trust_refusal and type(waiting) is FCFSQueue else None
         budget = self.config.max_num_batched_tokens - len(running)
         return head is not None and self._planner.is_still_refused(head, budget)
@@ -172,7 +178,7 @@ class LeapingScheduler(Scheduler):
         size, max_model_len = self.block_manager.block_size, self.config.max_model_len
         by_phase: list[list[Request]] = [[] for _ in range(size)]
         tokens, last = [PLAIN_TOKEN] * count, size - 1
-        ending = []
+        ending, watches = [], self.policy_watches
         for request in self._planner.running:
             by_phase[last - request.num_computed_tokens % size].append(request)
             request.num_computed_tokens += count
@@ -182,6 +188,8 @@ class LeapingScheduler(Scheduler):
             if len(output) == request.max_tokens or len(request.token_ids) >= max_model_len:
                 del output[-1], request.token_ids[-1]
                 ending.append(request)
+            if watches:
+                self._waiting.charge(request, count - (bool(ending) and ending[-1] is request))
         self.num_generation_tokens += count * len(self._planner.running) - len(ending)
         return by_phase, ending
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aios_model.sampling.params import SamplingParams
 from aios_sched.output import StepResult
-from aios_sched.request import Request
+from aios_sched.request import DEFAULT_TENANT, Request
 from aios_sched.simulator.cost import FEMTOSECONDS, StepShape
 from aios_sched.simulator.leaping_scheduler import SAMPLED, LeapingScheduler, Stretch
 from aios_sched.simulator.meters import Meters
@@ -83,6 +83,7 @@ class Replica:
             arrival_time=now / FEMTOSECONDS,
             priority=traced.priority,
             cache_salt=traced.tenant,
+            tenant=traced.tenant or DEFAULT_TENANT,
         )
         if isinstance(self._work, _Stretch) and self.scheduler.policy_watches:
             self._settle(self._work, now)

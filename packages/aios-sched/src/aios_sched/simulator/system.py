@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast, get_args
 
 from aios_kvcache.block_manager import BlockManager
 from aios_model.errors import ConfigError
 from aios_sched.config import SchedulerConfig
-from aios_sched.policy.fcfs import FCFSQueue
+from aios_sched.policy.registry import PolicyName, make_policy
 from aios_sched.routing.router import ROUTING_POLICIES, Router
 from aios_sched.simulator.leaping_scheduler import LeapingScheduler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aios_sched.policy.base import WaitingQueue
-
-POLICIES: dict[str, Callable[[], WaitingQueue]] = {"fcfs": FCFSQueue}
+POLICIES: tuple[str, ...] = get_args(PolicyName)
 """Scheduling policies by the names that options use."""
 
 
@@ -82,7 +80,8 @@ class SystemConfig:
             block_size=self.block_size,
             enable_prefix_caching=self.enable_prefix_caching,
         )
-        return LeapingScheduler(self.scheduler_config(), pages, POLICIES[self.policy](), clock=clock)
+        policy = make_policy(cast("PolicyName", self.policy), block_manager=pages)
+        return LeapingScheduler(self.scheduler_config(), pages, policy, clock=clock)
 
     def make_router(self) -> Router | None:
         """The router, if there is anything to choose."""
