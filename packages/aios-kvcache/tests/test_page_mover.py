@@ -42,8 +42,8 @@ CONFIG = ModelConfig(
 )
 
 
-def paged(dtype):
-    return PagedKVCache(CONFIG, num_blocks=NUM_BLOCKS, block_size=4, dtype=dtype, device="cpu")
+def paged(dtype, **options):
+    return PagedKVCache(CONFIG, num_blocks=NUM_BLOCKS, block_size=4, dtype=dtype, device="cpu", **options)
 
 
 def native(dtype):
@@ -54,6 +54,7 @@ def native(dtype):
 
 CACHES = {
     "float32": lambda: paged(torch.float32),
+    "torch int8": lambda: paged(torch.float32, kv_dtype=torch.int8),
     "float64": lambda: paged(torch.float64),
     "native bfloat16": lambda: native(torch.bfloat16),
     "native int8": lambda: native(torch.int8),
