@@ -19,7 +19,8 @@ from aios_kvcache.block import PageContent
 from aios_kvcache.block_manager import BlockManager
 from aios_kvcache.errors import UnknownSequenceError
 from aios_kvcache.swap import Swap
-from aios_kvcache.tiers import PageTiers, _Level
+from aios_kvcache.tier_level import Level
+from aios_kvcache.tiers import PageTiers
 
 SIZE = 3
 SALTS = ("", "tenant")
@@ -348,11 +349,11 @@ def _saves_pages_that_have_not_arrived(monkeypatch):
 
 
 def _gives_a_slot_away_twice(monkeypatch):
-    monkeypatch.setattr(_Level, "take_slot", lambda self: self._free[-1] if self._free else 0)
+    monkeypatch.setattr(Level, "take_slot", lambda self: self._free[-1] if self._free else 0)
 
 
 def _forgets_to_empty_slots(monkeypatch):
-    monkeypatch.setattr(_Level, "remove", lambda self, page: self._free.append(page.slot))
+    monkeypatch.setattr(Level, "remove", lambda self, page: self._free.append(page.slot))
 
 
 def _keeps_unreadable_pages(monkeypatch):

@@ -27,7 +27,8 @@ from aios_kvcache.errors import DuplicateSequenceError, SequenceError, UnknownSe
 from aios_kvcache.layout import FIRST_BLOCK, num_blocks_for
 from aios_kvcache.prefix_cache import PageHash, PrefixCache, PrefixCacheStats
 from aios_kvcache.swap import Swap
-from aios_kvcache.tiers import PageTiers, StoredPage
+from aios_kvcache.tier_level import StoredPage
+from aios_kvcache.tiers import PageTiers
 from aios_model.errors import ConfigError
 
 __all__ = ["BlockCopy", "BlockManager", "PrefixCacheStats"]

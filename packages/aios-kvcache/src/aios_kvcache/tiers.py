@@ -13,17 +13,15 @@ has to be copied. What a page's slot held is decided when a step is planned, and
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from aios_kvcache.block import PageContent
 from aios_kvcache.swap import Swap
 from aios_kvcache.tier_costs import TierCosts
+from aios_kvcache.tier_level import Level, StoredPage
 from aios_model.errors import ConfigError
-
-TierName = Literal["host", "disk"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,32 +43,6 @@ class TierStats:
     num_forgotten: int = 0
     num_lost: int = 0
     num_saves: int = 0
-
-
-class StoredPage:
-    """A page in a tier.
-
-    Attributes:
-        content: What it holds.
-        owner: The preempted sequence it was saved for; None if whoever has this prefix may have it.
-        level: Where it is.
-        slot: Its number there.
-        serial: Number of the move that put it there.
-        num_pins: Sequences that are about to fetch it.
-    """
-
-    __slots__ = ("content", "level", "num_pins", "owner", "serial", "slot")
-
-    def __init__(self, content: PageContent, owner: str | None, level: _Level, slot: int, serial: int) -> None:
-        self.content = content
-        self.owner = owner
-        self.level = level
-        self.slot = slot
-        self.serial = serial
-        self.num_pins = 0
-
-    def __repr__(self) -> str:
-        return f"StoredPage({self.content.content_id}, {self.level.name} slot {self.slot}, owner={self.owner!r})"
 
 
 class PageTiers:
@@ -96,8 +68,8 @@ class PageTiers:
             )
         self.costs = costs or TierCosts(mode="swap")
         self.stats = TierStats()
-        self.host = _Level("host", num_host_pages)
-        self.disk = _Level("disk", num_disk_pages)
+        self.host = Level("host", num_host_pages)
+        self.disk = Level("disk", num_disk_pages)
         self._filed: dict[int, StoredPage] = {}  # by the hash of their content, those without an owner
         self._saved: dict[str, list[StoredPage]] = {}  # by their owner, in the order of its tokens
         self._arriving: dict[int, int] = {}  # pool page: number of the move that fills it, until its step has returned
@@ -345,53 +317,3 @@ class PageTiers:
     def _emit(self, kind: Literal["out", "in", "demote", "load"], source: int, target: int) -> int:
         self._swaps.append(Swap(kind, source, target))
         return self._num_sent + len(self._swaps) - 1
-
-
-class _Level:
-    """One tier: its slots, and its pages from the least recently stored to the newest."""
-
-    def __init__(self, name: TierName, num_slots: int) -> None:
-        self.name = name
-        self.num_slots = num_slots
-        self._free = list(range(num_slots - 1, -1, -1))
-        self._pages: OrderedDict[int, StoredPage] = OrderedDict()  # by slot
-
-    @property
-    def has_room(self) -> bool:
-        return bool(self._free)
-
-    @property
-    def num_pages(self) -> int:
-        return len(self._pages)
-
-    def take_slot(self) -> int:
-        return self._free.pop()
-
-    def add(self, page: StoredPage) -> None:
-        self._pages[page.slot] = page
-
-    def touch(self, page: StoredPage) -> None:
-        self._pages.move_to_end(page.slot)
-
-    def remove(self, page: StoredPage) -> None:
-        del self._pages[page.slot]
-        self._free.append(page.slot)
-
-    def page_in(self, slot: int) -> StoredPage | None:
-        return self._pages.get(slot)
-
-    def oldest(self) -> StoredPage | None:
-        """The page to give up next; those about to be fetched are passed over."""
-        return next((page for page in self._pages.values() if not page.num_pins), None)
-
-    def __iter__(self) -> Iterator[StoredPage]:
-        return iter(self._pages.values())
-
-    def check_invariants(self) -> None:
-        used = set(self._pages)
-        assert len(self._free) == len(set(self._free)), f"a {self.name} slot is free twice"
-        assert used.isdisjoint(self._free), f"a {self.name} slot is free and used"
-        assert len(used) + len(self._free) == self.num_slots, f"{self.name} slots were lost"
-        for slot, page in self._pages.items():
-            assert page.slot == slot, f"{page} is filed under slot {slot}"
-            assert page.level is self, f"{page} is filed in {self.name}"
