@@ -182,7 +182,9 @@ class ThreadedRunner:
 
 
 def build_engine(runner, *, num_blocks=NUM_BLOCKS, budget=16, tiers: TierPlan | None = None) -> Engine:
-    config = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN)
+    config = SchedulerConfig(
+        max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN, expected_output="none"
+    )
     books = tiers and PageTiers(num_host_pages=tiers.num_host_pages, num_disk_pages=tiers.num_disk_pages)
     pages = BlockManager(num_blocks=num_blocks, block_size=4, tiers=books)
     return Engine(Scheduler(config, pages, FCFSQueue()), LocalExecutor(runner))
