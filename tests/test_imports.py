@@ -93,7 +93,7 @@ TENSOR_MODULES = {
     ),
     "aios_serve": ("backend", "build", "model_part", "served_rank"),
 }
-COMMANDS = ("aios_model.cli", "aios_parallel.cli", "aios_quant.cli", "aios_serve.cli")
+COMMANDS = ("aios_model.cli", "aios_parallel.cli", "aios_quant.cli", "aios_sched.cli", "aios_serve.cli")
 
 
 @pytest.mark.parametrize("package", TENSOR_MODULES)

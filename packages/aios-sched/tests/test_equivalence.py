@@ -92,11 +92,16 @@ def build_engine(
     enable_prefix_caching=True,
     executor=LocalExecutor,
     tiers=None,
+    expected_output="none",  # else admission would foresee the pressure that is to be provoked here
     **options,
 ):
     decoder = model.decoder
     config = SchedulerConfig(
-        max_num_seqs=8, max_num_batched_tokens=max_num_batched_tokens, max_model_len=MAX_MODEL_LEN, **options
+        max_num_seqs=8,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=MAX_MODEL_LEN,
+        expected_output=expected_output,
+        **options,
     )
     pages = BlockManager(
         num_blocks=num_blocks,

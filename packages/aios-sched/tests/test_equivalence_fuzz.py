@@ -231,6 +231,7 @@ class Case:
             enable_chunked_prefill=chunked,
             watermark=rng.choice([0, 0, 0.01, 0.2]),
             max_steps_in_flight=rng.choice([1, in_flight]),
+            expected_output=rng.choice(["estimated", "maximal", "none", "none"]),
         )
         cache = PagedKVCache(
             model().config,
@@ -377,7 +378,7 @@ PLANTED: dict[str, Callable] = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_found(bug) -> None:
     def search() -> None:
-        for seed in range(100):
+        for seed in range(400):
             Case(seed).run()
 
     with PLANTED[bug](), pytest.raises(AssertionError, match="case"):

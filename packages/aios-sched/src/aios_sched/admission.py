@@ -57,7 +57,7 @@ class Admission:
         Returns:
             Pages to copy before the request runs; None if it has to wait, and then nothing has changed.
         """
-        if running and self._is_still_refused(request, budget, len(running)):
+        if running and self.is_still_refused(request, budget, len(running)):
             return None
         manager, request_id = self._block_manager, request.request_id
         num_free_blocks = manager.num_free_blocks
@@ -76,8 +76,11 @@ class Admission:
                 request.num_cached_tokens = num_cached
         return copies
 
-    def _is_still_refused(self, request: Request, budget: int, num_running: int) -> bool:
-        """Spares a blocked request from being hashed again in every step: it is looked at once there is more room."""
+    def is_still_refused(self, request: Request, budget: int, num_running: int) -> bool:
+        """Whether a request that `admit` refused need not be looked at yet: there is no more room than there was.
+
+        Spares a blocked request from being hashed again in every step.
+        """
         refusal = self._refusal
         if refusal is None or refusal.request is not request:
             return False

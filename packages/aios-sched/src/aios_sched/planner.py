@@ -25,6 +25,8 @@ from aios_sched.output import ScheduledRequest
 from aios_sched.request import Request, RequestStatus
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from aios_kvcache.block import BlockCopy
     from aios_kvcache.block_manager import BlockManager
     from aios_sched.config import SchedulerConfig
@@ -41,6 +43,7 @@ class StepPlanner:
         config: Limits.
         block_manager: The pages.
         waiting: The policy: those without pages, in the order of admission.
+        clock: Tells the time in seconds.
 
     Attributes:
         running: Those with pages and a seat, the most important first.
@@ -48,12 +51,20 @@ class StepPlanner:
         num_preemptions: Times a running request lost its pages.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, waiting: WaitingQueue) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        waiting: WaitingQueue,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.running: list[Request] = []
         self.block_copies: list[BlockCopy] = []
         self.num_preemptions = 0
         self._config = config
         self._block_manager = block_manager
+        self._clock = clock
         self._waiting = waiting
         self._admission = Admission(config, block_manager)
 
@@ -89,6 +100,10 @@ class StepPlanner:
         except Exception as error:
             raise SchedulingError(request.request_id, error) from error
         return plan
+
+    def is_still_refused(self, request: Request, budget: int) -> bool:
+        """Whether a request that had to wait still has to, with so many tokens left in the step."""
+        return self._admission.is_still_refused(request, budget, len(self.running))
 
     def _plan_step(self, plan: StepPlan) -> None:
         self._free_a_seat()
@@ -160,7 +175,7 @@ class StepPlanner:
             waiting.admit(request)
             request.status = RequestStatus.RUNNING
             if request.first_scheduled_time is None:
-                request.first_scheduled_time = time.monotonic()
+                request.first_scheduled_time = self._clock()
             insort(running, request, key=Request.importance)
             self._take_tokens(request, plan)
 

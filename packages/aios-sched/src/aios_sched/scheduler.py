@@ -25,7 +25,7 @@ from aios_sched.stop import check_stop
 from aios_sched.validation import check_deadline, check_pool, resolve_max_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from aios_kvcache.block_manager import BlockManager
     from aios_model.sampling.rows import SampledToken
@@ -46,19 +46,28 @@ class Scheduler:
         config: Limits.
         block_manager: The pages.
         waiting: The policy: who is admitted next, and who gives way.
+        clock: Tells the time in seconds; a simulator brings its own.
 
     Attributes:
         num_prompt_tokens: Prompt tokens of all requests that reached their first token.
         num_generation_tokens: Tokens sampled for all requests.
     """
 
-    def __init__(self, config: SchedulerConfig, block_manager: BlockManager, waiting: WaitingQueue) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        block_manager: BlockManager,
+        waiting: WaitingQueue,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.config = config
         self.block_manager = block_manager
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
+        self._clock = clock
         self._waiting = waiting
-        self._planner = StepPlanner(config, block_manager, waiting)
+        self._planner = StepPlanner(config, block_manager, waiting, clock=clock)
         self._requests: dict[str, Request] = {}  # all that are not done with, those aborted in flight included
         self._deadlines = Deadlines()
         self._forgettable_ids: list[str] = []  # for the next step: whom runners may forget
@@ -101,7 +110,7 @@ class Scheduler:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         max_tokens = resolve_max_tokens(request, max_model_len=self.config.max_model_len)
         check_pool(request, max_tokens=max_tokens, num_blocks=pages.num_blocks, block_size=pages.block_size)
-        check_deadline(request, now=time.monotonic())
+        check_deadline(request, now=self._clock())
         self._check_queue()
         request.max_tokens = max_tokens
         request.arrival_order = self._num_added
@@ -285,7 +294,7 @@ class Scheduler:
         self._waiting.charge(request, 1)
         self.num_generation_tokens += 1
         if request.first_token_time is None:
-            request.first_token_time = time.monotonic()
+            request.first_token_time = self._clock()
             self.num_prompt_tokens += len(request.prompt_token_ids)
         stop = check_stop(request, max_model_len=self.config.max_model_len)
         if stop is None:
@@ -310,7 +319,7 @@ class Scheduler:
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
-        request.finished_time = time.monotonic()
+        request.finished_time = self._clock()
         return TokenOutput(
             request_id=request.request_id,
             finish_reason=reason,
