@@ -18,7 +18,7 @@ from aios_kvcache.native.native_cache import NativePagedKVCache
 from aios_kvcache.page_mover import PageMover, SwapOrderError
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.swap import Swap
-from aios_kvcache.tier_sizing import NUM_SPARE_PAGES, TierPlan, plan_tiers
+from aios_kvcache.tier_sizing import NUM_SPARE_PAGES, TierPlan, check_host_room, plan_tiers
 from aios_model.config import LayerSpec, ModelConfig
 from aios_model.errors import ConfigError
 from aios_model.native.compiler import find_compiler
@@ -271,14 +271,15 @@ def test_measuring_leaves_pages_alone(make_mover):
 
 
 def test_sizes_are_counted_in_pages_and_refused_with_the_arithmetic():
-    plan = plan_tiers(page_bytes=100, host_bytes=1050, disk_bytes=5000, directory="/tmp", available_bytes=2000)
+    plan = plan_tiers(page_bytes=100, host_bytes=1050, disk_bytes=5000, directory="/tmp")
     assert (plan.num_host_pages, plan.num_disk_pages, plan.num_host_bytes) == (10, 50, 1000)
-    assert plan_tiers(page_bytes=100, host_bytes=0, directory="/tmp", available_bytes=0) is None
+    assert plan_tiers(page_bytes=100, host_bytes=0, directory="/tmp") is None
     for options, message in (
         ({"host_bytes": 0, "disk_bytes": 900}, "without kv_offloading_size"),
         ({"host_bytes": 4}, "one page takes 100 bytes"),
         ({"host_bytes": 900, "disk_bytes": 9}, "kv_offloading_disk_size=9 cannot be used"),
-        ({"host_bytes": 9000}, "is available beside the pool"),
     ):
         with pytest.raises(ConfigError, match=message):
-            plan_tiers(page_bytes=100, directory="/tmp", available_bytes=2000, **options)
+            plan_tiers(page_bytes=100, directory="/tmp", **options)
+    with pytest.raises(ConfigError, match=r"2\.00 GiB is asked for, and 1\.00 GiB of host memory is available"):
+        check_host_room(2 << 30, available_bytes=1 << 30)

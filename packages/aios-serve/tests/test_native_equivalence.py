@@ -71,6 +71,17 @@ def test_answers_do_not_depend_on_what_else_happens(backend) -> None:
         assert answers(engine, order) == alone, "in a pool that forces preemption"
         assert engine.stats().num_preemptions > 0
         assert engine.stats().kv_cache_usage == 0.0
+    for tiers in (
+        {"kv_offloading_size": 64 << 20},
+        {"kv_offloading_size": 3 << 20, "kv_offloading_disk_size": 99 << 20},
+    ):
+        pool = {"num_gpu_blocks_override": 26, "max_num_batched_tokens": 64, "preemption_mode": "swap"}
+        with build(**options, **pool, **tiers) as engine:
+            assert answers(engine, order) == alone, "swapped"
+            assert answers(engine, order[::-1]) == alone, "found below the pool"
+            stats = engine.stats()
+            assert min(stats.num_swap_preemptions, stats.tier_cache_hits) > 0
+            assert (stats.num_pages_lost, stats.kv_cache_usage) == (0, 0.0)
 
 
 def test_random_schedules() -> None:

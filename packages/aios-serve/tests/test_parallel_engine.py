@@ -188,3 +188,17 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+def test_swapped_pages_give_the_same_bits_on_ranks(tmp_path) -> None:
+    with build(tensor_parallel=2, num_gpu_blocks_override=400) as engine:
+        roomy = [output.token_ids for output in run(engine)]
+    tiers = {"kv_offloading_size": 4 << 20, "kv_offloading_disk_size": 99 << 20, "kv_offloading_path": str(tmp_path)}
+    with build(tensor_parallel=2, num_gpu_blocks_override=16, preemption_mode="swap", **tiers) as engine:
+        assert engine.info.num_host_pages > 0
+        for _ in range(2):
+            assert [output.token_ids for output in run(engine)] == roomy
+        stats = engine.stats()
+        assert min(stats.num_preemptions, stats.num_pages_stored, stats.tier_cache_hits) > 0
+        assert (stats.num_pages_lost, stats.num_failed_steps, stats.kv_cache_usage) == (0, 0, 0.0)
+    assert list(tmp_path.iterdir()) == []

@@ -48,6 +48,11 @@ class PoolPlan:
     max_model_len: int
     num_bytes: int
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all layers."""
+        return self.num_bytes // (FIRST_BLOCK + self.num_blocks)
+
 
 def plan_pool(
     config: ModelConfig,

@@ -37,9 +37,7 @@ class TierPlan:
         return self.num_disk_pages * self.page_bytes
 
 
-def plan_tiers(
-    *, page_bytes: int, host_bytes: int, disk_bytes: int = 0, directory: str, available_bytes: int
-) -> TierPlan | None:
+def plan_tiers(*, page_bytes: int, host_bytes: int, disk_bytes: int = 0, directory: str) -> TierPlan | None:
     """Decides how many pages fit.
 
     Args:
@@ -47,13 +45,12 @@ def plan_tiers(
         host_bytes: Memory for the host tier; 0 for no tiers.
         disk_bytes: Room for the disk tier; 0 for none.
         directory: Where its file goes.
-        available_bytes: Memory there is to take the host tier from.
 
     Returns:
         None if `host_bytes` is 0.
 
     Raises:
-        ConfigError: Not one page fits, there is not that much memory, or a disk tier has no host tier above it.
+        ConfigError: Not one page fits, or a disk tier has no host tier above it.
     """
     if not host_bytes:
         if disk_bytes:
@@ -68,14 +65,23 @@ def plan_tiers(
                 f"{name}={num_bytes} cannot be used: one page takes {page_bytes} bytes; the size is in bytes, "
                 "or written as 4GiB"
             )
-    if host_bytes > available_bytes:
-        raise ConfigError(
-            f"kv_offloading_size={host_bytes} ({host_bytes / 2**30:.2f} GiB) cannot be used: "
-            f"{available_bytes / 2**30:.2f} GiB of host memory is available beside the pool; ask for less"
-        )
     return TierPlan(
         num_host_pages=host_bytes // page_bytes,
         num_disk_pages=disk_bytes // page_bytes,
         directory=directory,
         page_bytes=page_bytes,
     )
+
+
+def check_host_room(num_bytes: int, *, available_bytes: int) -> None:
+    """Raises ConfigError if a process has no memory for its host tier.
+
+    Args:
+        num_bytes: What the tier takes of this process.
+        available_bytes: What there is, the pool taken off.
+    """
+    if num_bytes > available_bytes:
+        raise ConfigError(
+            f"kv_offloading_size cannot be honoured: a host tier of {num_bytes / 2**30:.2f} GiB is asked for, and "
+            f"{max(0, available_bytes) / 2**30:.2f} GiB of host memory is available beside the pool; ask for less"
+        )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from aios_kvcache.block_manager import BlockManager
 from aios_kvcache.sizing import PoolPlan
+from aios_kvcache.tier_costs import TierCosts, TransferSeconds
+from aios_kvcache.tier_sizing import TierPlan, plan_tiers
+from aios_kvcache.tiers import PageTiers
 from aios_model.weights.hub import ModelFiles
 from aios_parallel.expert_load import ExpertLoad
 from aios_parallel.tracing.group_tracer import GroupTracer
@@ -45,12 +49,23 @@ class BuiltEngine:
     tracer: GroupTracer | None = None
 
 
-def assemble(config: EngineConfig, plan: PoolPlan, limits: SchedulerConfig, executor: Executor) -> EnginePort:
-    """The engine that plans steps within `limits` over the pages of `plan`, and has `executor` run them."""
+def assemble(
+    config: EngineConfig,
+    plan: PoolPlan,
+    limits: SchedulerConfig,
+    executor: Executor,
+    *,
+    tiers: PageTiers | None = None,
+) -> EnginePort:
+    """The engine that plans steps within `limits` over the pages of `plan`, and has `executor` run them.
+
+    `tiers` are the books of what lies below the pool.
+    """
     block_manager = BlockManager(
         num_blocks=plan.num_blocks,
         block_size=plan.block_size,
         enable_prefix_caching=caches_prefixes(config),
+        tiers=tiers,
     )
     step_tokens = StepTokenCounter()
     policy = make_policy(
@@ -66,6 +81,32 @@ def assemble(config: EngineConfig, plan: PoolPlan, limits: SchedulerConfig, exec
         reset_prefix_cache=block_manager.reset_prefix_cache,
         request_timeout=config.request_timeout,
     )
+
+
+def tier_plan(config: EngineConfig, *, page_bytes: int) -> TierPlan | None:
+    """The tiers below the pool that `config` asks for; None for none.
+
+    Args:
+        config: The options.
+        page_bytes: Bytes of a page in all layers and on all ranks.
+
+    Raises:
+        ConfigError: Not one page fits.
+    """
+    return plan_tiers(
+        page_bytes=page_bytes,
+        host_bytes=config.kv_offloading_size,
+        disk_bytes=config.kv_offloading_disk_size,
+        directory=config.kv_offloading_path or tempfile.gettempdir(),
+    )
+
+
+def tier_books(config: EngineConfig, plan: TierPlan | None, transfers: Sequence[TransferSeconds]) -> PageTiers | None:
+    """The books of the tiers, which know what moving a page takes on the slowest rank."""
+    if plan is None:
+        return None
+    costs = TierCosts(TransferSeconds.slowest(transfers), mode=config.preemption_mode, block_size=config.block_size)
+    return PageTiers(num_host_pages=plan.num_host_pages, num_disk_pages=plan.num_disk_pages, costs=costs)
 
 
 def scheduler_config(config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_stages: int = 1) -> SchedulerConfig:

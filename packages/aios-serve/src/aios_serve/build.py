@@ -16,9 +16,9 @@ from aios_parallel.expert_load import ExpertCounter
 from aios_sched.config import SchedulerConfig
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
-from aios_serve.assembly import BuiltEngine, assemble, caches_prefixes, scheduler_config
+from aios_serve.assembly import BuiltEngine, assemble, caches_prefixes, scheduler_config, tier_books, tier_plan
 from aios_serve.config import EngineConfig
-from aios_serve.model_info import EngineInfo
+from aios_serve.model_info import EngineInfo, with_tiers
 from aios_serve.model_part import ModelPart, Progress
 from aios_serve.served_model import find_model
 
@@ -43,11 +43,16 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     report("reserving the pool of pages", None)
     plan = part.plan()
     limits = scheduler_config(config, plan, on_cpu=part.decoder.device.type == "cpu")
-    executor = LocalExecutor(ModelRunner(*part.build(plan)))
+    model, pages, sampler = part.build(plan)
+    tiers = tier_plan(config, page_bytes=plan.page_bytes)
+    mover = None if tiers is None else part.open_tiers(pages, tiers)
+    executor = LocalExecutor(ModelRunner(model, pages, sampler, mover=mover))
     return_freed_memory()
-    port = assemble(config, plan, limits, executor)
+    books = tier_books(config, tiers, [] if mover is None else [mover.measure()])
+    port = assemble(config, plan, limits, executor, tiers=books)
     load_seconds = time.perf_counter() - started
     info = describe(config, files, part, plan, limits, import_seconds=import_seconds, load_seconds=load_seconds)
+    info = with_tiers(info, tiers)
     counter = ExpertCounter(part.decoder)
     return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown, expert_load=counter.load)
 

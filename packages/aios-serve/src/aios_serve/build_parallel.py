@@ -11,20 +11,22 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from aios_kvcache.sizing import PoolPlan
+from aios_kvcache.tier_costs import TransferSeconds
 from aios_model.config_file import read_model_config
 from aios_parallel.executor import GroupExecutor
 from aios_parallel.expert_load import ExpertLoad
 from aios_parallel.mesh import Mesh
 from aios_parallel.tracing.group_tracer import GroupTracer
-from aios_serve.assembly import BuiltEngine, assemble, scheduler_config
+from aios_serve.assembly import BuiltEngine, assemble, scheduler_config, tier_books, tier_plan
 from aios_serve.launching import start_ranks
-from aios_serve.model_info import EngineInfo
+from aios_serve.model_info import EngineInfo, with_tiers
 from aios_serve.parallel_checks import check_mesh
 from aios_serve.served_model import find_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aios_kvcache.tier_sizing import TierPlan
     from aios_parallel.control.driver import RankGroup
     from aios_serve.config import EngineConfig
     from aios_serve.launching import StartedRanks
@@ -45,15 +47,16 @@ def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float |
     progress(f"starting {mesh.size} ranks", None)
     ranks = start_ranks(config, mesh, progress)
     try:
-        plan, reports = _set_up(ranks, config, progress)
+        plan, reports, tiers, transfers = _set_up(ranks, config, progress)
     except BaseException:
         ranks.group.close()
         raise
     ranks.group.start_steps()
     limits = scheduler_config(config, plan, on_cpu=reports[0].device == "cpu", num_stages=mesh.pipeline)
     executor = GroupExecutor(ranks.group, mesh=mesh, vocab_size=reports[0].vocab_size)
-    port = assemble(config, plan, limits, executor)
+    port = assemble(config, plan, limits, executor, tiers=tier_books(config, tiers, transfers))
     info = _describe(reports, plan, limits.max_num_batched_tokens, mesh, seconds=time.perf_counter() - started)
+    info = with_tiers(info, tiers)
     tracer = GroupTracer(ranks.group, executor, mesh=mesh)
 
     def expert_load() -> ExpertLoad:
@@ -67,8 +70,12 @@ def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float |
 
 def _set_up(
     ranks: StartedRanks, config: EngineConfig, progress: Callable[[str, float | None], None]
-) -> tuple[PoolPlan, list[EngineInfo]]:
-    """Has the ranks meet, load and reserve their pages: as many as the one with the least room has."""
+) -> tuple[PoolPlan, list[EngineInfo], TierPlan | None, list[TransferSeconds]]:
+    """Has the ranks meet, load and reserve their pages: as many as the one with the least room has.
+
+    Returns:
+        The pool of all ranks, what each one looks like, the tiers below the pool, and what moving a page takes each.
+    """
     group: RankGroup = ranks.group
     common: dict[str, Any] = {
         "config": asdict(config),
@@ -90,15 +97,18 @@ def _set_up(
         )
         for plan in plans
     ]
+    tiers = tier_plan(config, page_bytes=sum(plan.page_bytes for plan in agreed))
     progress("reserving the pool of pages", None)
-    group.call("allocate", [{"plan": asdict(plan)} for plan in agreed], progress)
+    slots = None if tiers is None else asdict(tiers)
+    answers_to_plan = group.call("allocate", [{"plan": asdict(plan), "tiers": slots} for plan in agreed], progress)
+    transfers = [TransferSeconds(**answer) for answer in answers_to_plan if answer is not None]
     total = PoolPlan(
         num_blocks=num_blocks,
         block_size=plans[0].block_size,
         max_model_len=length,
         num_bytes=sum(plan.num_bytes for plan in agreed),
     )
-    return total, [EngineInfo(**answer["info"]) for answer in answers]
+    return total, [EngineInfo(**answer["info"]) for answer in answers], tiers, transfers
 
 
 def _describe(

@@ -85,6 +85,14 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class PreemptionMode(StrEnum):
+    """Values of --preemption-mode."""
+
+    auto = "auto"
+    recompute = "recompute"
+    swap = "swap"
+
+
 class KVCachePolicy(StrEnum):
     """Values of --kv-cache-policy."""
 
@@ -340,6 +348,39 @@ def serve(
             "fp8_e4m3 is fp8.",
         ),
     ] = KVCacheDType.auto,
+    kv_offloading_size: Annotated[
+        str,
+        _option(
+            "--kv-offloading-size",
+            panel=_MEMORY,
+            metavar="BYTES",
+            help="Host memory for pages that the pool has no room for, such as 4GiB: evicted ones, preempted ones.",
+        ),
+    ] = "0",
+    kv_offloading_disk_size: Annotated[
+        str,
+        _option(
+            "--kv-offloading-disk-size", panel=_MEMORY, metavar="BYTES", help="Disk for pages that leave host memory."
+        ),
+    ] = "0",
+    kv_offloading_path: Annotated[
+        Path | None,
+        _option(
+            "--kv-offloading-path",
+            "--kv-offloading-dir",
+            panel=_MEMORY,
+            show_default="temporary files",
+            help="Folder for that; the file has no name and is gone when the engine is.",
+        ),
+    ] = None,
+    preemption_mode: Annotated[
+        PreemptionMode,
+        _option(
+            "--preemption-mode",
+            panel=_MEMORY,
+            help="Save a preempted request's pages there, or compute them again. auto: what is faster.",
+        ),
+    ] = PreemptionMode.auto,
     max_num_seqs: Annotated[
         int, _option("--max-num-seqs", panel=_BATCHING, help="Requests that run at once.")
     ] = ENGINE.max_num_seqs,
@@ -535,6 +576,10 @@ def serve(
         scheduling_policy=scheduling_policy.value,
         priority_aging_seconds=priority_aging_seconds,
         request_timeout=request_timeout,
+        kv_offloading_size=parse_count(kv_offloading_size, option="kv_offloading_size"),
+        kv_offloading_disk_size=parse_count(kv_offloading_disk_size, option="kv_offloading_disk_size"),
+        kv_offloading_path=None if kv_offloading_path is None else str(kv_offloading_path),
+        preemption_mode=preemption_mode.value,
         max_num_queued_reqs=max_num_queued_reqs,
         max_logprobs=max_logprobs,
         served_model_name=tuple(served_model_name or ()),

@@ -21,6 +21,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Device = Literal["auto", "cpu", "cuda"]
 KVCachePolicy = Literal["paged", "contiguous"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8", "fp8_e4m3"]
+PreemptionMode = Literal["auto", "recompute", "swap"]
 ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
 RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -61,6 +62,13 @@ class EngineConfig:
             every name is a tenant, of weight 1.
         request_timeout: Seconds after which a request ends with finish_reason "timeout"; None never. A request may ask
             for less.
+        kv_offloading_size: Bytes of host memory, of all ranks together, for pages that the pool has no room for; 0 for
+            none. Evicted prefixes and pages of preempted requests go there and come back.
+        kv_offloading_disk_size: Bytes of disk below that, for pages that leave host memory; 0 for none.
+        kv_offloading_path: Folder for the disk's file, which has no name and vanishes with the process; None takes the
+            system's folder for temporary files. Give a real disk: some systems keep temporary files in memory.
+        preemption_mode: Whether a preempted request's pages are saved in host memory ("swap") or computed again
+            ("recompute"); "auto" does what was measured to be faster. Only with kv_offloading_size.
         max_num_queued_reqs: Requests that may wait before more are refused; None means any number.
         max_logprobs: Most alternatives per token a request may ask for.
         served_model_name: Names that requests may use, the first of them in answers; empty uses the checkpoint's name.
@@ -118,6 +126,10 @@ class EngineConfig:
     priority_aging_seconds: float | None = None
     tenant_weights: dict[str, float] | None = None
     request_timeout: float | None = None
+    kv_offloading_size: int = 0
+    kv_offloading_disk_size: int = 0
+    kv_offloading_path: str | None = None
+    preemption_mode: PreemptionMode = "auto"
     max_num_queued_reqs: int | None = 1024
     max_logprobs: int = 20
     served_model_name: tuple[str, ...] = ()
@@ -164,7 +176,7 @@ class EngineConfig:
         return self.tensor_parallel * self.pipeline_parallel
 
     def _normalise(self) -> None:
-        for name in ("model", "tokenizer", "download_dir", "generation_config", "chat_template"):
+        for name in ("model", "tokenizer", "download_dir", "generation_config", "chat_template", "kv_offloading_path"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 self._set(name, os.fspath(value))
@@ -199,6 +211,7 @@ class EngineConfig:
             ("device", Device),
             ("kv_cache_policy", KVCachePolicy),
             ("kv_cache_dtype", KVCacheDType),
+            ("preemption_mode", PreemptionMode),
             ("distributed_executor", ExecutorBackend),
             ("data_parallel_routing", RoutingName),
             ("scheduling_policy", PolicyName),
@@ -220,6 +233,8 @@ class EngineConfig:
             ("block_size", 1),
             ("kv_cache_memory_bytes", 1),
             ("num_gpu_blocks_override", 1),
+            ("kv_offloading_size", 0),
+            ("kv_offloading_disk_size", 0),
             ("max_num_queued_reqs", 0),
             ("max_logprobs", 0),
             ("max_engine_restarts", 0),
@@ -259,6 +274,7 @@ class EngineConfig:
             raise _bad(
                 "cpu_offload_gb", self.cpu_offload_gb, "on the CPU weights are in host memory already; leave it out"
             )
+        self._check_offloading()
         if self.data_parallel > 1 and not self.engine_process:
             raise _bad("data_parallel", self.data_parallel, "each replica is a process; leave engine_process on")
 
@@ -267,6 +283,20 @@ class EngineConfig:
                 raise _bad(name, getattr(self, name), f"it needs scheduling_policy={policy!r}")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise _bad("expert_parallel", True, "experts are dealt out to the tensor_parallel ranks; ask for 2 or more")
+
+    def _check_offloading(self) -> None:
+        if not self.kv_offloading_size:
+            for name in ("kv_offloading_disk_size", "kv_offloading_path"):
+                if getattr(self, name):
+                    raise _bad(
+                        name, getattr(self, name), "pages reach the disk through kv_offloading_size; give that too"
+                    )
+            if self.preemption_mode == "swap":
+                raise _bad("preemption_mode", "swap", "pages are swapped to kv_offloading_size; give it, such as 4GiB")
+        elif self.kv_cache_policy != "paged":
+            raise _bad("kv_offloading_size", self.kv_offloading_size, "a contiguous reservation has no pages to move")
+        if self.kv_offloading_path and not self.kv_offloading_disk_size:
+            raise _bad("kv_offloading_path", self.kv_offloading_path, "give kv_offloading_disk_size too")
 
 
 def parse_count(text: str, *, option: str) -> int:

@@ -162,7 +162,23 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "generation_tokens": ("Tokens generated.", lambda stats: stats.generation_tokens),
     "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", lambda stats: stats.prefix_cache_queries),
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", lambda stats: stats.prefix_cache_hits),
+    "external_prefix_cache_queries": (
+        "Prompt tokens looked up in the tiers below the pool: host memory and disk.",
+        lambda stats: stats.tier_cache_queries,
+    ),
+    "external_prefix_cache_hits": (
+        "Prompt tokens found in those tiers; prefix_cache_hits counts them too.",
+        lambda stats: stats.tier_cache_hits,
+    ),
     "num_preemptions": ("Times a running request lost its pages.", lambda stats: stats.num_preemptions),
+}
+
+
+_TIER_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
+    "swap_preemptions": ("Preempted requests whose pages were saved.", lambda stats: stats.num_swap_preemptions),
+    "kv_pages_offloaded": ("Pages copied from the pool to host memory.", lambda stats: stats.num_pages_stored),
+    "kv_pages_fetched": ("Pages copied back from host memory or disk.", lambda stats: stats.num_pages_fetched),
+    "kv_pages_lost": ("Pages that could not be read back.", lambda stats: stats.num_pages_lost),
 }
 
 
@@ -184,6 +200,9 @@ class _EngineCollector(Collector):
             yield self._filled(
                 counter, {index: value(each.stats) for index, each in replicas if each.stats is not None}
             )
+        for name, (text, value) in _TIER_COUNTERS.items():
+            counter = CounterMetricFamily(f"aios:{name}", text, labels=LABELS)
+            yield self._filled(counter, self._values(value))
         yield from self._cache_config()
         ready = GaugeMetricFamily("aios:engine_ready", "Whether the engine takes requests.", labels=LABELS)
         yield self._filled(ready, {index: each.state is EngineState.READY for index, each in replicas})

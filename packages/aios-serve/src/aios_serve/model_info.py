@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aios_kvcache.tier_sizing import TierPlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +38,10 @@ class EngineInfo:
         num_staging_bytes: Device memory of the buffers through which they come.
         tensor_parallel: Ranks that share each layer; bytes and threads above are those of all ranks.
         pipeline_parallel: Stages of the pipeline.
+        num_host_pages: Pages that the host tier below the pool holds.
+        num_host_tier_bytes: Memory it may take.
+        num_disk_pages: Pages that the disk tier holds.
+        num_disk_tier_bytes: Size of its files.
     """
 
     model_name: str
@@ -60,3 +68,20 @@ class EngineInfo:
     num_staging_bytes: int = 0
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    num_host_pages: int = 0
+    num_host_tier_bytes: int = 0
+    num_disk_pages: int = 0
+    num_disk_tier_bytes: int = 0
+
+
+def with_tiers(info: EngineInfo, plan: TierPlan | None) -> EngineInfo:
+    """The engine with the tiers below its pool."""
+    if plan is None:
+        return info
+    return replace(
+        info,
+        num_host_pages=plan.num_host_pages,
+        num_host_tier_bytes=plan.num_host_bytes,
+        num_disk_pages=plan.num_disk_pages,
+        num_disk_tier_bytes=plan.num_disk_bytes,
+    )

@@ -10,8 +10,10 @@ from typing import TypeAlias
 import torch
 
 from aios_kvcache.native.native_cache import NativePagedKVCache
+from aios_kvcache.page_mover import PageMover
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
+from aios_kvcache.tier_sizing import TierPlan, check_host_room
 from aios_model.config_file import read_model_config
 from aios_model.decoder import DecoderModel
 from aios_model.errors import ConfigError
@@ -157,6 +159,24 @@ class ModelPart:
             return decoder, pages, sampler
         native = NativeDecoder(decoder, pages, pool=backend.pool, max_positions=plan.max_model_len, reduce=reduce)
         return native, pages, sampler
+
+    def open_tiers(self, pages: Pages, plan: TierPlan) -> PageMover:
+        """What moves pages between the pool and the tiers below it.
+
+        Args:
+            pages: The pool, as `build` made it.
+            plan: How many slots.
+
+        Raises:
+            ConfigError: There is no memory for the host tier, or no room for the disk tier's file.
+        """
+        assert isinstance(pages, PagedKVCache | NativePagedKVCache)
+        tensors = pages.page_tensors
+        page_bytes = sum(tensor[0].nbytes for tensor in tensors)
+        pool_bytes = pages.num_bytes if self.decoder.device.type == "cpu" else 0  # it takes memory as it fills
+        available = available_memory() // (self.num_neighbours * self.config.data_parallel)
+        check_host_room(plan.num_host_pages * page_bytes, available_bytes=available - pool_bytes)
+        return PageMover(tensors, plan)
 
     def _available_bytes(self) -> int:
         if self.decoder.device.type == "cuda":

@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 from aios_kvcache.sizing import PoolPlan
+from aios_kvcache.tier_sizing import TierPlan
 from aios_model.decoder import DecoderLayer, DecoderModel
 from aios_model.host_memory import return_freed_memory
 from aios_model.native.cores import resolve_cpu_bind, usable_cores
@@ -156,8 +157,8 @@ class ServedRank:
         )
         return {"info": asdict(info), "plan": asdict(plan)}
 
-    def _allocate(self, *, plan: dict[str, Any]) -> None:
-        """Reserves as many pages as every rank has, and builds what runs steps."""
+    def _allocate(self, *, plan: dict[str, Any], tiers: dict[str, Any] | None = None) -> dict[str, float] | None:
+        """Reserves as many pages as every rank has, and builds what runs steps; tells what moving a page takes."""
         assert self._member is not None, "ranks have met by now"
         assert self._groups is not None, "groups are open by now"
         assert self._part is not None, "pages come after weights"
@@ -171,6 +172,7 @@ class ServedRank:
         for layer in decoder.layers:
             if isinstance(layer, DecoderLayer):
                 layer.register_forward_hook(self._count_layer)
+        mover = None if tiers is None else self._part.open_tiers(pages, TierPlan(**tiers))
         self._runner = StageRunner(
             model,
             pages,
@@ -180,8 +182,10 @@ class ServedRank:
             pipeline_group=self._groups.pipeline,
             hidden_size=decoder.config.hidden_size,
             dtype=decoder.dtype,
+            mover=mover,
         )
         return_freed_memory()
+        return None if mover is None else asdict(mover.measure())
 
     def _count_layer(self, *_: object) -> None:
         self._num_layers_done += 1

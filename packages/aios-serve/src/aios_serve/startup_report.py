@@ -79,6 +79,8 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
         )
     yield f"  kernels   {info.kernels}"
     yield f"  KV cache  {_pool(info, config)}"
+    if info.num_host_pages:
+        yield f"  offload   {_tiers(info)}"
     yield (
         f"  limits    {info.max_model_len} tokens of context{auto if config.max_model_len is None else ''}, "
         f"{info.max_num_seqs} requests at once, {info.max_num_batched_tokens} tokens per step"
@@ -153,6 +155,13 @@ def _pool(info: EngineInfo, config: EngineConfig) -> str:
     if info.device == "cpu":
         parts.append("reserved now, used as it fills")
     parts.append(f"prefix caching {'on' if info.enable_prefix_caching else 'off'}")
+    return ", ".join(parts)
+
+
+def _tiers(info: EngineInfo) -> str:
+    parts = [f"{_megabytes(info.num_host_tier_bytes)} of host memory: {info.num_host_pages} pages, used as it fills"]
+    if info.num_disk_pages:
+        parts.append(f"{_megabytes(info.num_disk_tier_bytes)} of disk: {info.num_disk_pages} pages")
     return ", ".join(parts)
 
 
