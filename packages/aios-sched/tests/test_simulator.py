@@ -90,6 +90,16 @@ def test_wasted_slots_are_those_behind_the_last_token():
     assert memory["contiguous_wasted_share_of_reserved"] == pytest.approx(1 - 13 / 64)
 
 
+@pytest.mark.parametrize(("policy", "calm_waits"), [("fcfs", True), ("fair", False)])
+def test_figures_of_tenants_show_who_waits_for_a_flood(policy, calm_waits):
+    flood = [request(n, prompt=20, output=20, tenant="flood") for n in range(60)]
+    calm = [request(100 + n, at=3.0 + 3 * n, prompt=20, output=20, tenant="calm") for n in range(5)]
+    system = SystemConfig(num_blocks=400, max_num_seqs=4, policy=policy)
+    tenants = Fleet(system, TENTH).run(Listed(*flood, *calm)).summary()["tenants"]
+    assert (tenants["flood"]["finished"], tenants["calm"]["finished"]) == (60, 5)
+    assert (tenants["calm"]["latency"]["ttft"]["p50"] > 5.0) == calm_waits
+
+
 def test_busy_shares_tell_device_and_host_apart():
     cost = LinearCost(step_s=0.1, host_s=0.025)
     steps = Fleet(SystemConfig(num_blocks=64), cost).run(Listed(request(0), request(1, at=1.5))).summary()["steps"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from aios_model.errors import AiosError, ConfigError
 from aios_sched import cli_options as options
@@ -329,4 +330,4 @@ def _write(path: Path, text: str) -> None:
 
 
 def _complain(message: str) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True, markup=True)
+    Console(stderr=True).print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True, markup=True)

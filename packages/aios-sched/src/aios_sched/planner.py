@@ -7,8 +7,9 @@ costs the others at most one step's budget of delay, never its whole length (Sar
 Nobody starves. Requests are ordered by importance: the rank that the policy gave them, then arrival. Pages flow only
 upwards in that order: who lacks one takes it from the least important, or waits with what it holds. No rank changes
 while its request has pages. So the most important request can take from everyone, and alone it fits (`Scheduler.add`
-refuses what does not); it finishes, and the next one takes its place. That every single request becomes the most
-important one in the end is up to the policy, and each says why.
+refuses what does not); it finishes, and the next one takes its place. Where a policy has seats change hands, they go
+the same way, from the least important one that runs. That every single request becomes the most important one in the
+end is up to the policy, and each says why.
 """
 
 from __future__ import annotations

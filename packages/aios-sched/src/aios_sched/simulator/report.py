@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from aios_sched.simulator.results import PERCENTS
@@ -31,10 +32,12 @@ def print_report(console: Console, summary: dict[str, Any]) -> None:
     """
     console.print(_latencies(summary["latency"]))
     console.print(_figures(summary))
+    if "tenants" in summary:
+        console.print(_tenants(summary["tenants"]))
     refusal = summary["requests"]["refusal"]
     if refusal is not None:
         console.print(
-            f"[yellow]{summary['requests']['refused']:,} requests were refused[/yellow], the first: {refusal}",
+            f"[yellow]{summary['requests']['refused']:,} requests were refused[/yellow], the first: {escape(refusal)}",
             highlight=False,
         )
 
@@ -80,6 +83,17 @@ def _latencies(latency: dict[str, dict[str, float | None]]) -> Table:
         table.add_column(name, justify="right")
     for key, name in _NAMES.items():
         table.add_row(name, *(_time(latency[key].get(column)) for column in columns))
+    return table
+
+
+def _tenants(tenants: dict[str, Any]) -> Table:
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for name in ("tenant", "requests", "TTFT p50", "p99", "TPOT p50", "p99", "end to end p50", "p99"):
+        table.add_column(name, justify="left" if name == "tenant" else "right")
+    for tenant, figures in tenants.items():
+        latency = figures["latency"]
+        times = [_time(latency[name][rank]) for name in ("ttft", "tpot", "e2e") for rank in ("p50", "p99")]
+        table.add_row(escape(tenant) or "(none)", f"{figures['finished']:,}", *times)
     return table
 
 

@@ -71,6 +71,8 @@ class Results:
         self.host_time = host_time
         self.times = {name: array("d") for name in METRICS}
         self.arrivals = array("d")
+        self._tenants = array("l")
+        self._tenant_numbers: dict[str, int] = {}
         self.meters = Meters()
         self.num_refused = 0
         self.refusal = ""
@@ -94,6 +96,7 @@ class Results:
         num_tokens, times = timing.num_generation_tokens, self.times
         decoding = timing.finished_time - timing.first_token_time
         self.arrivals.append(timing.arrival_time)
+        self._tenants.append(self._tenant_numbers.setdefault(traced.tenant, len(self._tenant_numbers)))
         times["ttft"].append(timing.first_token_time - timing.arrival_time)
         times["tpot"].append(decoding / (num_tokens - 1) if num_tokens > 1 else math.nan)
         times["e2e"].append(timing.total_seconds)
@@ -133,7 +136,7 @@ class Results:
                 "output_tokens_per_s": self.num_output_tokens / seconds,
                 "total_tokens_per_s": (self.num_prompt_tokens + self.num_output_tokens) / seconds,
             },
-            "latency": {name: self._distribution(name) for name in METRICS} | {"itl": self._gaps()},
+            "latency": {name: _distribution(self.times[name]) for name in METRICS} | {"itl": self._gaps()},
             "memory": self._memory(),
             "prefix_cache": {
                 "hit_rate": self.num_cached_tokens / max(self.num_queried_tokens, 1),
@@ -144,6 +147,8 @@ class Results:
             "preemptions": self.num_preemptions,
             "steps": self._steps(),
         }
+        if len(self._tenant_numbers) > 1:
+            figures["tenants"] = {name: self._of_tenant(number) for name, number in self._tenant_numbers.items()}
         if objectives is not None and objectives.any:
             figures["goodput"] = self.goodput(objectives)
         return figures
@@ -165,12 +170,11 @@ class Results:
         values = sorted(value for value in self.times[name] if not math.isnan(value))
         return values[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
 
-    def _distribution(self, name: str) -> dict[str, float | None]:
-        values = sorted(value for value in self.times[name] if not math.isnan(value))
-        if not values:
-            return dict.fromkeys(("mean", *(f"p{percent}" for percent in PERCENTS), "max"))
-        ranks = {f"p{percent}": values[max(0, math.ceil(len(values) * percent / 100) - 1)] for percent in PERCENTS}
-        return {"mean": math.fsum(values) / len(values), **ranks, "max": values[-1]}
+    def _of_tenant(self, number: int) -> dict[str, object]:
+        """Requests that finished, and the latencies of these alone."""
+        mine = [index for index, tenant in enumerate(self._tenants) if tenant == number]
+        latency = {name: _distribution([self.times[name][index] for index in mine]) for name in METRICS}
+        return {"finished": len(mine), "latency": latency}
 
     def _gaps(self) -> dict[str, float | None]:
         gaps = self.meters.gaps
@@ -209,3 +213,11 @@ class Results:
             "busiest_replica_share": max(self.busy_shares, default=0.0),
             "idlest_replica_share": min(self.busy_shares, default=0.0),
         }
+
+
+def _distribution(times: Sequence[float]) -> dict[str, float | None]:
+    values = sorted(value for value in times if not math.isnan(value))
+    if not values:
+        return dict.fromkeys(("mean", *(f"p{percent}" for percent in PERCENTS), "max"))
+    ranks = {f"p{percent}": values[max(0, math.ceil(len(values) * percent / 100) - 1)] for percent in PERCENTS}
+    return {"mean": math.fsum(values) / len(values), **ranks, "max": values[-1]}
