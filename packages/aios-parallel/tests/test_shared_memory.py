@@ -13,6 +13,7 @@ import pytest
 import torch
 from connections import shared
 from rank_processes import RankProcesses
+from summands import inputs, singles, sum_in_order
 
 from aios_model.native import native_status
 from aios_parallel.errors import CollectiveTimeoutError, ParallelError
@@ -52,22 +53,6 @@ def trio() -> Iterator[RankProcesses]:
     processes = RankProcesses(shared, 3, path=fresh_path(), timeout=0.5)
     yield processes
     processes.end()
-
-
-def inputs(ranks: RankProcesses, *shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [(torch.randn(shape) * 10 ** (4 * torch.rand(shape) - 2)).to(dtype) for _ in range(ranks.size)]
-
-
-def sum_in_order(summands: list[torch.Tensor]) -> torch.Tensor:
-    wide = torch.promote_types(summands[0].dtype, torch.float32)
-    total = summands[0].to(wide)
-    for summand in summands[1:]:
-        total = total + summand.to(wide)
-    return total.to(summands[0].dtype)
-
-
-def singles(values: list[torch.Tensor]) -> list[tuple[torch.Tensor]]:
-    return [(value,) for value in values]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

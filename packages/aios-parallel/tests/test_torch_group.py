@@ -10,6 +10,7 @@ import pytest
 import torch
 from connections import gloo, gloo_in_default_group
 from rank_processes import RankProcesses
+from summands import inputs, singles, sum_in_order
 from torch.distributed import HashStore
 
 from aios_parallel.errors import CollectiveTimeoutError, ParallelError
@@ -25,22 +26,6 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     processes = RankProcesses(gloo, request.param, path=str(path), timeout=20.0)
     yield processes
     processes.end()
-
-
-def inputs(ranks: RankProcesses, *shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [(torch.randn(shape) * 10 ** (4 * torch.rand(shape) - 2)).to(dtype) for _ in range(ranks.size)]
-
-
-def sum_in_order(summands: list[torch.Tensor]) -> torch.Tensor:
-    wide = torch.promote_types(summands[0].dtype, torch.float32)
-    total = summands[0].to(wide)
-    for summand in summands[1:]:
-        total = total + summand.to(wide)
-    return total.to(summands[0].dtype)
-
-
-def singles(values: list[torch.Tensor]) -> list[tuple[torch.Tensor]]:
-    return [(value,) for value in values]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
