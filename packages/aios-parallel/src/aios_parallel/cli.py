@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from aios_model.errors import AiosError, ConfigError
+from aios_model.command_line import run_command
+from aios_model.errors import ConfigError
 from aios_parallel.cli_options import (
     CHOICE,
     HARDWARE,
@@ -58,33 +58,12 @@ Tells how to spread a model over the devices you have, or think of renting, and 
   tokens per second from 1 to 8 x 8 devices
 """
 
-# Where typer keeps click depends on its version; the class of every mistake in the arguments is this one.
-UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", help=HELP)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `aios-parallel`; ends the process. A mistake in the arguments is one line and status 2."""
-    command = typer.main.get_command(app)
-    try:
-        status = command.main(
-            args=None if args is None else list(args), prog_name="aios-parallel", standalone_mode=False
-        )
-    except UsageError as error:
-        reason = error.format_message().rstrip(".")
-        if reason:  # without a command the help has been shown, and there is nothing to complain about
-            _complain(f"{reason}; see aios-parallel --help")
-        status = 2
-    except ConfigError as error:
-        _complain(str(error))
-        status = 2
-    except AiosError as error:
-        _complain(str(error))
-        status = 1
-    except (typer.Abort, KeyboardInterrupt):
-        status = 130
-    sys.exit(status)
+    run_command(app, "aios-parallel", args)
 
 
 @app.command()
@@ -333,10 +312,6 @@ def _read_model(model: str | None, revision: str | None) -> tuple[ModelFiles, Mo
 
     files = resolve_model(model, revision=revision, tokenizer_only=True)
     return files, read_model_config(files, allow_quantized=True)
-
-
-def _complain(message: str) -> None:
-    typer.echo(f"aios-parallel: {' '.join(message.split())}", err=True)
 
 
 if __name__ == "__main__":

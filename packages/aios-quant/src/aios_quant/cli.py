@@ -6,16 +6,16 @@ Torch is imported once the options are known to be right: `--help` and a typing 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from aios_model.errors import AiosError, ConfigError
+from aios_model.command_line import run_command
+from aios_model.errors import ConfigError
 from aios_quant.progress_bar import progress_bar
 from aios_quant.settings import GROUP_SIZES, QuantizeSettings
 
@@ -36,9 +36,6 @@ Makes language models smaller, and tells what that costs.
   [cyan]aios-serve qwen3-int4[/cyan]
   what was made is served like any other model; vLLM and transformers read it too
 """
-
-# Where typer keeps click depends on its version; the class of every mistake in the arguments is this one.
-UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", help=HELP)
 _errors = Console(stderr=True)
@@ -104,23 +101,7 @@ WindowOption = Annotated[int, typer.Option(min=2, help="Tokens of text that are 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `aios-quant`; ends the process. Every mistake in the arguments is one line and status 2."""
-    command = typer.main.get_command(app)
-    try:
-        status = command.main(args=None if args is None else list(args), prog_name="aios-quant", standalone_mode=False)
-    except UsageError as error:
-        reason = error.format_message().replace("Value error, ", "").rstrip(".")
-        if reason:  # without a command the help has been shown, and there is nothing to complain about
-            _complain(f"{reason}; see aios-quant --help")
-        status = 2
-    except ConfigError as error:
-        _complain(_in_flags(str(error)))
-        status = 2
-    except AiosError as error:
-        _complain(str(error))
-        status = 1
-    except (typer.Abort, KeyboardInterrupt):
-        status = 130
-    sys.exit(status)
+    run_command(app, "aios-quant", args, in_flags=_in_flags)
 
 
 @app.command()
@@ -321,11 +302,6 @@ def _in_flags(message: str) -> str:
     """A ConfigError in the words of the command line: `group_size = 48; …` becomes `--group-size = 48; …`."""
     flags = {name: "--" + name.replace("_", "-") for name in QuantizeSettings.__dataclass_fields__}
     return re.sub(r"\b[a-z]+\b(?= = )|\b[a-z]+(?:_[a-z]+)+\b", lambda match: flags.get(match[0], match[0]), message)
-
-
-def _complain(message: str) -> None:
-    line = " ".join(message.split())
-    typer.echo(f"aios-quant: {line}", err=True)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from aios_model.command_line import run_command
 from aios_model.errors import AiosError, ConfigError
 from aios_sched import cli_options as options
 from aios_sched.cli_options import Routing
@@ -41,31 +42,12 @@ Simulates engines under load: the real scheduler and the real pages, with a cost
   requests of one's own on an engine that was measured
 """
 
-# Where typer keeps click depends on its version; the class of every mistake in the arguments is this one.
-UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
-
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich", help=HELP)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `aios-sched`; ends the process. A mistake in the arguments is one line and status 2."""
-    command = typer.main.get_command(app)
-    try:
-        status = command.main(args=None if args is None else list(args), prog_name="aios-sched", standalone_mode=False)
-    except UsageError as error:
-        reason = error.format_message().rstrip(".")
-        if reason:  # without a command the help has been shown, and there is nothing to complain about
-            _complain(f"{reason}; see aios-sched --help")
-        status = 2
-    except ConfigError as error:
-        _complain(str(error))
-        status = 2
-    except AiosError as error:
-        _complain(str(error))
-        status = 1
-    except (typer.Abort, KeyboardInterrupt):
-        status = 130
-    sys.exit(status)
+    run_command(app, "aios-sched", args, complain=_complain)
 
 
 @app.callback()

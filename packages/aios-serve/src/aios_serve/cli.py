@@ -8,15 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aios_model.errors import AiosError, ConfigError
+from aios_model.command_line import run_command
+from aios_model.errors import ConfigError
 from aios_parallel.launch.torchrun import TorchrunPlace
 from aios_parallel.mesh import Mesh
 from aios_serve.config import EngineConfig, parse_count
@@ -51,9 +51,6 @@ Without it, a small bundled model is served and nothing is downloaded.
   [cyan]AIOS_API_KEY=secret aios-serve --host 0.0.0.0[/cyan]
   open to the network, for those who have the key
 """
-
-# Where typer keeps click depends on its version; the class of every mistake in the arguments is this one.
-UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -149,22 +146,7 @@ class LogLevel(StrEnum):
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `aios-serve`; ends the process. Every mistake in the arguments is one line and status 2."""
-    command = typer.main.get_command(app)
-    try:
-        status = command.main(args=None if args is None else list(args), prog_name="aios-serve", standalone_mode=False)
-    except UsageError as error:
-        reason = error.format_message().replace("Value error, ", "").rstrip(".")
-        _complain(f"{reason}; see aios-serve --help")
-        status = 2
-    except ConfigError as error:
-        _complain(_in_flags(str(error)))
-        status = 2
-    except AiosError as error:
-        _complain(str(error))
-        status = 1
-    except (typer.Abort, KeyboardInterrupt):
-        status = 130
-    sys.exit(status)
+    run_command(app, "aios-serve", args, in_flags=_in_flags)
 
 
 def _show_version(wanted: bool) -> None:
@@ -665,11 +647,6 @@ def _in_flags(message: str) -> str:
         "distributed_executor": "--distributed-executor-backend",
     }
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
-
-
-def _complain(message: str) -> None:
-    line = " ".join(message.split())
-    typer.echo(f"aios-serve: {line}", err=True)
 
 
 if __name__ == "__main__":

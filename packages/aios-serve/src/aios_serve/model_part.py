@@ -174,14 +174,14 @@ class ModelPart:
         tensors = pages.page_tensors
         page_bytes = sum(tensor[0].nbytes for tensor in tensors)
         pool_bytes = pages.num_bytes if self.decoder.device.type == "cpu" else 0  # it takes memory as it fills
-        available = available_memory() // (self.num_neighbours * self.config.data_parallel)
+        available = _host_share(self.config, self.num_neighbours)
         check_host_room(plan.num_host_pages * page_bytes, available_bytes=available - pool_bytes)
         return PageMover(tensors, plan)
 
     def _available_bytes(self) -> int:
         if self.decoder.device.type == "cuda":
             return torch.cuda.mem_get_info(self.decoder.device)[0]
-        return available_memory() // (self.num_neighbours * self.config.data_parallel)
+        return _host_share(self.config, self.num_neighbours)
 
     def _pool_bytes(self) -> int | None:
         """Bytes for the pool; None lets the plan take its share of host memory, as far as it has use for it."""
@@ -194,6 +194,11 @@ class ModelPart:
             return device_budget(free_bytes=free_bytes, total_bytes=total_bytes, device_memory_utilization=share)
         share = config.device_memory_utilization
         return None if share is None else int(self._available_bytes() * share)
+
+
+def _host_share(config: EngineConfig, num_neighbours: int) -> int:
+    """Bytes of host memory that each process may take where ranks and replicas share it."""
+    return available_memory() // (num_neighbours * config.data_parallel)
 
 
 def _prepare_offload(
@@ -213,12 +218,12 @@ def _prepare_offload(
     device = resolve_device(config.device)
     num_bytes = math.ceil(config.cpu_offload_gb * 2**30)
     target = streaming or streaming_device(device)
-    processes = num_neighbours * config.data_parallel
-    room = available_memory() // processes
+    room = _host_share(config, num_neighbours)
     if num_bytes > room:
         raise ConfigError(
             f"cpu_offload_gb={config.cpu_offload_gb:g} cannot be used: {room / 2**30:.1f} GiB of host memory are free "
-            f"for each of {processes} processes here; ask for less, or spread the model over more devices"
+            f"for each of {num_neighbours * config.data_parallel} processes here; ask for less, or spread the model "
+            "over more devices"
         )
     dtype = resolve_dtype(backend.dtype, read_model_config(files, allow_quantized=True), device)
     return WeightOffload(num_bytes, target, dtype=dtype)
