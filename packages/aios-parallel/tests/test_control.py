@@ -342,6 +342,17 @@ def test_ranks_that_beat_without_progress_end_the_group(ranks) -> None:
         group.group.next_event(timeout=5)
 
 
+def test_a_long_set_up_does_not_count_against_the_first_step(ranks) -> None:
+    group = ranks(1)
+    for _ in range(10):  # a second of loading, without progress in the sense of steps
+        group.say(Beat(busy=True, progress=0))
+        time.sleep(0.1)
+    group.group.start_steps()
+    group.say(Beat(busy=True, progress=0))  # the first step came before any idle beat
+    time.sleep(0.4)  # longer than the watch looks away, shorter than the silence allowed
+    group.group.check()
+
+
 def test_ranks_that_wait_for_one_that_computes_are_well(ranks) -> None:
     group = ranks(2)
     group.group.start_steps()

@@ -115,7 +115,7 @@ class RankGroup:
     def start_steps(self) -> None:
         """From now on a silent rank is lost within seconds."""
         for watch in self._watch:
-            watch.beat()
+            watch.restart()
         self._is_set_up = True
 
     def send(self, command: Command) -> None:
@@ -222,6 +222,11 @@ class _Watch:
     def __init__(self) -> None:
         self.is_busy = False
         self._progress = -1
+        self._heard = self._moved = time.monotonic()
+
+    def restart(self) -> None:
+        """What it did so far, loading for minutes perhaps, says nothing about the steps to come."""
+        self.is_busy = False
         self._heard = self._moved = time.monotonic()
 
     def beat(self) -> None:
