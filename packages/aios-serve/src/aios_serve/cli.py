@@ -155,7 +155,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_MODEL, _HTTP, _MEMORY, _BATCHING = "Model", "HTTP", "Memory", "Batching"
+_MODEL, _HTTP, _CHAT, _MEMORY, _BATCHING = "Model", "HTTP", "Tools and thoughts", "Memory", "Batching"
 _PARALLEL, _PROCESS = "Parallelism", "Process"
 
 
@@ -277,6 +277,34 @@ def serve(
         float,
         _option("--shutdown-timeout", panel=_HTTP, help="Seconds that requests may go on after SIGTERM or Ctrl+C."),
     ] = SERVER.shutdown_timeout,
+    tool_call_parser: Annotated[
+        str | None,
+        _option(
+            "--tool-call-parser",
+            panel=_CHAT,
+            metavar="hermes|llama3_json|mistral",
+            show_default="by the chat template",
+            help="Format in which the model writes calls of tools.",
+        ),
+    ] = None,
+    enable_auto_tool_choice: Annotated[
+        bool,
+        _option(
+            "--enable-auto-tool-choice/--no-enable-auto-tool-choice",
+            panel=_CHAT,
+            help="Let the model decide whether to call a tool, where requests bring some.",
+        ),
+    ] = SERVER.enable_auto_tool_choice,
+    reasoning_parser: Annotated[
+        str | None,
+        _option(
+            "--reasoning-parser",
+            panel=_CHAT,
+            metavar="deepseek_r1|qwen3|mistral|none",
+            show_default="by the chat template",
+            help="How the model marks what it thinks before it answers; sent apart from the answer. none: leave it in.",
+        ),
+    ] = None,
     device_memory_utilization: Annotated[
         float | None,
         _option(
@@ -592,6 +620,9 @@ def serve(
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         shutdown_timeout=shutdown_timeout,
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
+        reasoning_parser=reasoning_parser,
     )
     return _run(engine_config, server_config, log_level.value)
 

@@ -7,20 +7,15 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from aios_serve.auth import tenant_of
+from aios_serve.chat_job import ChatJob
 from aios_serve.chat_reply import ChatReply
-from aios_serve.generation import GenerationJob, UsageCounter, collect, unless_disconnected
+from aios_serve.generation import UsageCounter, collect, unless_disconnected
 from aios_serve.json_response import json_response
 from aios_serve.openai_types import ChatCompletionRequest
-from aios_serve.prompts import encode_chat, fit_prompt
 from aios_serve.refusals import CHAT
 from aios_serve.request_body import parse_body
-from aios_serve.request_deadline import deadline_of
-from aios_serve.request_identity import default_seed
 from aios_serve.routes.openapi import json_body
-from aios_serve.sampling_request import chat_params, with_default_max_tokens
-from aios_serve.serving import ServingDep, new_id
-from aios_serve.session_key import session_of
+from aios_serve.serving import ServingDep
 from aios_serve.streaming import stream_response
 
 router = APIRouter(tags=["generation"])
@@ -31,32 +26,17 @@ async def create_chat_completion(request: Request, serving: ServingDep) -> Respo
     """Answer a conversation: JSON at the end, or a stream of chunks as tokens come."""
     engine = serving.ready_engine()
     body = await parse_body(request, ChatCompletionRequest, CHAT)
-    model = serving.served_name(body.model)
-    params = chat_params(body, engine.generation_defaults)
-    limit = engine.max_model_len
-    token_ids = await encode_chat(engine.tokenizer, body, most_tokens=body.most_prompt_tokens(limit))
-    prompt = fit_prompt(token_ids, body, params.max_tokens, max_model_len=limit, param="messages")
-    default = engine.generation_defaults.max_new_tokens
-    job = GenerationJob(
-        request_id=new_id("chatcmpl", request),
-        prompts=[prompt],
-        params=with_default_max_tokens(params, default, room=limit - len(prompt)),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        session=session_of(request, body),
-        tenant=tenant_of(request.scope),
-        deadline=deadline_of(body),
-        default_seed=default_seed(request.scope),
-    )
-    job.check(engine)
+    chat = await ChatJob.prepare(request, serving, body, id_prefix="chatcmpl")
+    job = chat.job
     reply = ChatReply(
         id=job.request_id,
         created=int(time.time()),
-        model=model,
+        model=chat.model,
         request=body,
         num_choices=job.num_choices,
         tokenizer=engine.tokenizer,
         counter=UsageCounter(job.num_prompt_tokens),
+        plan=chat.plan,
     )
     deltas = job.run(engine)
     if body.stream:

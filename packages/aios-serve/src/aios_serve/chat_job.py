@@ -1,0 +1,68 @@
+"""From a checked conversation to a job for the engine: what chat completions and responses have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from aios_serve.answers.plan import AnswerPlan, plan_answer
+from aios_serve.auth import tenant_of
+from aios_serve.generation import GenerationJob
+from aios_serve.prompts import encode_chat, fit_prompt
+from aios_serve.request_deadline import deadline_of
+from aios_serve.request_identity import default_seed
+from aios_serve.sampling_request import chat_params, with_default_max_tokens
+from aios_serve.serving import new_id
+from aios_serve.session_key import session_of
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from aios_serve.openai_types import ChatCompletionRequest
+    from aios_serve.serving import Serving
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatJob:
+    """A job that the engine will take, and how its answers are to be read.
+
+    Attributes:
+        model: The name to answer with.
+        job: For the engine; checked.
+        plan: What answers may hold besides text.
+    """
+
+    model: str
+    job: GenerationJob
+    plan: AnswerPlan
+
+    @classmethod
+    async def prepare(
+        cls, request: Request, serving: Serving, body: ChatCompletionRequest, *, id_prefix: str, separator: str = "-"
+    ) -> ChatJob:
+        """Encode the conversation and check everything.
+
+        Raises:
+            AiosError, ApiError: what is wrong with the request, or why it cannot be taken now.
+        """
+        engine = serving.ready_engine()
+        model = serving.served_name(body.model)
+        params = chat_params(body, engine.generation_defaults)
+        plan, params = plan_answer(body, params, engine.tokenizer, serving.config)
+        limit = engine.max_model_len
+        token_ids = await encode_chat(engine.tokenizer, body, most_tokens=body.most_prompt_tokens(limit))
+        prompt = fit_prompt(token_ids, body, params.max_tokens, max_model_len=limit, param="messages")
+        default = engine.generation_defaults.max_new_tokens
+        job = GenerationJob(
+            request_id=new_id(id_prefix, request, separator=separator),
+            prompts=[prompt],
+            params=with_default_max_tokens(params, default, room=limit - len(prompt)),
+            priority=body.priority or 0,
+            cache_salt=body.cache_salt or "",
+            session=session_of(request, body),
+            tenant=tenant_of(request.scope),
+            deadline=deadline_of(body),
+            default_seed=default_seed(request.scope),
+        )
+        job.check(engine)
+        return cls(model=model, job=job, plan=plan.for_prompt(prompt, engine.tokenizer))
