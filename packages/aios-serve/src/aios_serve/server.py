@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from aios_model.errors import AiosError
+from aios_serve.answers.plan import describe_formats
 from aios_serve.app import create_app
 from aios_serve.async_engine import AsyncEngine
 from aios_serve.errors import EngineDeadError
@@ -89,7 +90,8 @@ class _Server:
             return
         finally:
             progress.cancel()
-        show_ready(self._engine, address, self._console, needs_key=bool(self._config.api_keys))
+        formats = describe_formats(self._engine.tokenizer, self._config)
+        show_ready(self._engine, address, self._console, needs_key=bool(self._config.api_keys), formats=formats)
 
     def _on_signal(self, signal_number: int) -> None:
         """Called in a signal handler, between any two bytecodes: do no more than wake the loop, or leave."""

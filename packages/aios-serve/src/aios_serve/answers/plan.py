@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from aios_model.errors import InvalidRequestError
+from aios_model.errors import ChatTemplateError, InvalidRequestError
 from aios_serve.prompts import NO_TOOLS
 from aios_serve.reasoning.registry import detect_reasoning_parser, reasoning_format
 from aios_serve.tool_calls.constraint import constrained, forced_calls_schema
@@ -92,6 +92,29 @@ def plan_answer(
         include_reasoning=body.include_reasoning is not False,
     )
     return plan, plan.adapted(params, tokenizer)
+
+
+def describe_formats(tokenizer: Tokenizer, config: ServerConfig) -> str | None:
+    """How calls and thoughts are looked for in answers, in words for the operator; None if they are not."""
+    try:
+        template = tokenizer.chat_template(with_tools=True)
+    except ChatTemplateError:
+        return None  # a model without chat; a broken template is reported to whoever uses it
+    parts = []
+    tools = config.tool_call_parser or detect_tool_call_parser(template.source)
+    if "tools" in template.names and config.enable_auto_tool_choice:
+        asked = " (auto)" if config.tool_call_parser is None else ""
+        parts.append(f"tools as {tools}{asked}" if tools else "tools need --tool-call-parser")
+    elif config.tool_call_parser:
+        parts.append("no tools, whatever --tool-call-parser says: " + _why_no_tools(config))
+    thoughts = config.reasoning_parser or detect_reasoning_parser(template.source)
+    if thoughts and thoughts != "none":
+        parts.append(f"thoughts as {thoughts}{' (auto)' if config.reasoning_parser is None else ''}")
+    return ", ".join(parts) or None
+
+
+def _why_no_tools(config: ServerConfig) -> str:
+    return "the chat template knows of none" if config.enable_auto_tool_choice else "--no-enable-auto-tool-choice"
 
 
 def _check_auto(parser: str | None, config: ServerConfig) -> None:
