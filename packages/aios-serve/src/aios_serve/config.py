@@ -15,6 +15,7 @@ from aios_model.errors import ConfigError
 from aios_model.native.cores import parse_cpu_list
 from aios_quant.schemes.registry import SCHEME_NAMES
 from aios_sched.policy.registry import PolicyName
+from aios_sched.routing.base import RoutingName
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -23,7 +24,6 @@ KVCachePolicy = Literal["paged", "contiguous"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 PreemptionMode = Literal["auto", "recompute", "swap"]
 ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
-RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
