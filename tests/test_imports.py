@@ -55,7 +55,7 @@ TENSOR_MODULES = {
         "pool_memory",
         "stored_heads",
     ),
-    "aios_sched": ("batch", "model_runner"),
+    "aios_sched": ("batch", "model_runner", "newest_tokens"),
     "aios_parallel": (
         "offload.device",
         "offload.streaming",
