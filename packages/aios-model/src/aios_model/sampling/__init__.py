@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aios_model.sampling.bad_words import resolve_bad_words
+    from aios_model.sampling.device_sampler import DeviceSampler, LaunchedSample
     from aios_model.sampling.drawer import Drawer
     from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError, SamplingError
     from aios_model.sampling.logprobs import token_logprobs
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from aios_model.sampling.sampler import Sampler
 
 __all__ = [
+    "DeviceSampler",
     "Drawer",
+    "LaunchedSample",
     "LogitsProcessor",
     "NoTokenLeftError",
     "NonFiniteLogitsError",
@@ -34,7 +37,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DeviceSampler": "device_sampler",
     "Drawer": "drawer",
+    "LaunchedSample": "device_sampler",
     "LogitsProcessor": "processors",
     "NoTokenLeftError": "errors",
     "NonFiniteLogitsError": "errors",
