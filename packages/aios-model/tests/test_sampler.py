@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aios_model.errors import InvalidRequestError
 from aios_model.sampling import processors, truncation
-from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError
+from aios_model.sampling.errors import NonFiniteLogitsError, NoProcessorError, NoTokenLeftError
 from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.sampler import SampledToken, Sampler, SamplingRow
@@ -417,6 +417,9 @@ def test_penalties_follow_their_formulas():
         def __call__(self, logits_RV, rows):
             captured.append(logits_RV)
 
+        def forget(self, request_id):
+            pass
+
     params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
     row = row_for(params, prompt_token_ids=[0, 1, 1], output_token_ids=[2, 2, 2, 3])
     logits = torch.tensor([[4.0, -4.0, 4.0, -4.0, 4.0]], dtype=torch.float64)
@@ -566,6 +569,9 @@ class Mask:
                 logits_RV[i] = -torch.inf
                 logits_RV[i, self.allowed[row.request_id]] = kept
 
+    def forget(self, request_id: str) -> None:
+        self.allowed.pop(request_id, None)
+
 
 def test_a_processor_masks_its_rows_and_sees_no_others():
     logits = torch.tensor([[9.0, 1.0, 2.0, 3.0]] * 3)
@@ -573,6 +579,22 @@ def test_a_processor_masks_its_rows_and_sees_no_others():
     rows = [row_for(GREEDY, request_id=name) for name in "abc"]
     assert sample(logits, rows, logits_processors=[mask]) == [0, 2, 0]
     assert mask.seen == [["b"]]
+
+
+def test_forgetting_a_request_tells_the_processors():
+    mask = Mask({"a": [1], "b": [2]})
+    Sampler(vocab_size=4, device="cpu", logits_processors=[mask]).forget("a")
+    assert list(mask.allowed) == ["b"]
+
+
+def test_structured_outputs_without_a_processor_that_knows_them_fail_by_name():
+    logits = torch.tensor([[9.0, 1.0, 2.0, 3.0]] * 3)
+    constrained = SamplingParams(temperature=0, structured_outputs={"regex": "a+"})
+    rows = [row_for(constrained if name in "ac" else GREEDY, request_id=name) for name in "abc"]
+    with pytest.raises(NoProcessorError) as caught:
+        sample(logits, rows, logits_processors=[Mask({"a": [1]})])
+    assert caught.value.request_ids == ("c",)
+    assert sample(logits[:2], rows[:2], logits_processors=[Mask({"a": [1]})]) == [1, 0]
 
 
 def test_processors_run_in_order_after_biases_and_before_penalties():

@@ -20,7 +20,9 @@ from aios_serve.assembly import BuiltEngine, assemble, caches_prefixes, schedule
 from aios_serve.config import EngineConfig
 from aios_serve.model_info import EngineInfo, with_tiers
 from aios_serve.model_part import ModelPart, Progress
-from aios_serve.served_model import find_model
+from aios_serve.served_model import find_model, served_vocabulary
+from aios_serve.structured.processor import GrammarProcessor
+from aios_serve.structured.store import GrammarStore
 
 
 def build_engine(config: EngineConfig, *, progress: Progress | None = None, import_seconds: float = 0.0) -> BuiltEngine:
@@ -43,13 +45,15 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     report("reserving the pool of pages", None)
     plan = part.plan()
     limits = scheduler_config(config, plan, on_cpu=part.decoder.device.type == "cpu")
-    model, pages, sampler = part.build(plan)
+    grammars = GrammarStore(lambda: served_vocabulary(config, files))
+    processor = GrammarProcessor(grammars, vocab_size=part.decoder.config.vocab_size)
+    model, pages, sampler = part.build(plan, logits_processors=[processor])
     tiers = tier_plan(config, page_bytes=plan.page_bytes)
     mover = None if tiers is None else part.open_tiers(pages, tiers)
     executor = LocalExecutor(ModelRunner(model, pages, sampler, mover=mover))
     return_freed_memory()
     books = tier_books(config, tiers, [] if mover is None else [mover.measure()])
-    port = assemble(config, plan, limits, executor, tiers=books)
+    port = assemble(config, plan, limits, executor, tiers=books, prepare=grammars.prepare)
     load_seconds = time.perf_counter() - started
     info = describe(config, files, part, plan, limits, import_seconds=import_seconds, load_seconds=load_seconds)
     info = with_tiers(info, tiers)

@@ -238,6 +238,15 @@ def serve(
     max_logprobs: Annotated[
         int, _option("--max-logprobs", panel=_MODEL, help="Most alternatives per token that a request may ask for.")
     ] = ENGINE.max_logprobs,
+    structured_outputs_timeout: Annotated[
+        float,
+        _option(
+            "--structured-outputs-timeout",
+            panel=_MODEL,
+            metavar="SECONDS",
+            help="Longest that a request's JSON schema, expression or grammar may take to compile.",
+        ),
+    ] = ENGINE.structured_outputs_timeout,
     seed: Annotated[
         int, _option("--seed", panel=_MODEL, help="Seeds requests that bring no seed of their own, and dummy weights.")
     ] = ENGINE.seed or 0,
@@ -564,6 +573,7 @@ def serve(
         preemption_mode=preemption_mode.value,
         max_num_queued_reqs=max_num_queued_reqs,
         max_logprobs=max_logprobs,
+        structured_outputs_timeout=structured_outputs_timeout,
         served_model_name=tuple(served_model_name or ()),
         generation_config=generation_config,
         chat_template=chat_template,

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from aios_model.sampling.bad_words import BadWordMatcher
+from aios_model.sampling.errors import NoProcessorError
 from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import MAX_LOGPROBS
 
@@ -49,7 +50,19 @@ class LogitsProcessor(Protocol):
         ...
 
     def __call__(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
-        """Changes `logits_RV` in place, leaving alone rows to which this processor does not apply."""
+        """Changes `logits_RV` in place, leaving alone rows to which this processor does not apply.
+
+        Args:
+            logits_RV: Contiguous float32 or float64 [R, V].
+            rows: The R rows. Several may be of one request, with outputs of different lengths (drafted tokens).
+
+        Raises:
+            SamplingError: Some rows cannot be processed; names their requests.
+        """
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Drops what is remembered of a finished request; unknown ids are ignored."""
         ...
 
 
@@ -112,14 +125,14 @@ class LogitsAdjuster:
         if with_bans:
             self._ban(logits_RV, rows, states)
         self._add_biases(logits_RV, states)
-        for processor in self._processors:
-            if any(processor.applies_to(row) for row in rows):
-                processor(logits_RV, rows)
+        self._process(logits_RV, rows)
         self._penalise(logits_RV, rows, states)
 
     def forget(self, request_id: str) -> None:
         """Drops what is remembered of a request; unknown ids are ignored."""
         self._states.pop(request_id, None)
+        for processor in self._processors:
+            processor.forget(request_id)
 
     @property
     def num_remembered(self) -> int:
@@ -163,6 +176,17 @@ class LogitsAdjuster:
         if parts:
             biases = np.concatenate([state.biases for state in states if state.biases is not None])
             logits_RV.view(-1)[self._flat_indices(parts, logits_RV.device)] += _to_tensor(biases, logits_RV)
+
+    def _process(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
+        # What nobody knows how to honour is an error, not a request for anything.
+        unknown = [row.request_id for row in rows if row.params.structured_outputs is not None]
+        for processor in self._processors:
+            affected = {row.request_id for row in rows if processor.applies_to(row)}
+            if affected:
+                processor(logits_RV, rows)
+                unknown = [request_id for request_id in unknown if request_id not in affected]
+        if unknown:
+            raise NoProcessorError(unknown)
 
     def _penalise(self, logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[_RequestState]) -> None:
         """With count c of a token in the output: l = l / r or l * r, then l - frequency * c - presence * (c > 0)."""
