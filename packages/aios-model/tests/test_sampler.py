@@ -417,6 +417,9 @@ def test_penalties_follow_their_formulas():
         def __call__(self, logits_RV, rows):
             captured.append(logits_RV)
 
+        def accepts(self, row, token_id):
+            return False
+
         def forget(self, request_id):
             pass
 
@@ -569,6 +572,9 @@ class Mask:
                 logits_RV[i] = -torch.inf
                 logits_RV[i, self.allowed[row.request_id]] = kept
 
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        return token_id in self.allowed[row.request_id]
+
     def forget(self, request_id: str) -> None:
         self.allowed.pop(request_id, None)
 
@@ -595,6 +601,24 @@ def test_structured_outputs_without_a_processor_that_knows_them_fail_by_name():
         sample(logits, rows, logits_processors=[Mask({"a": [1]})])
     assert caught.value.request_ids == ("c",)
     assert sample(logits[:2], rows[:2], logits_processors=[Mask({"a": [1]})]) == [1, 0]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8}, {"temperature": 1.3, "top_p": 0.7}])
+def test_tokens_drawn_before_the_mask_are_those_drawn_behind_it(options):
+    class Unsure(Mask):
+        def accepts(self, row, token_id):
+            return False
+
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(5)) * 2
+    params = SamplingParams(structured_outputs={"regex": "a"}, **options)
+    rows = [row_for(params, request_id=str(i), seed=i) for i in range(64)]
+    allowed = {str(i): list(range(i % 7, 50, 1 + i % 3)) for i in range(64)}
+    masked = sample(logits, rows, logits_processors=[Unsure(allowed)])
+    tried = Mask(allowed)
+    assert sample(logits, rows, logits_processors=[tried]) == masked
+    assert all(token in allowed[str(i)] for i, token in enumerate(masked))
+    num_masked = sum(len(names) for names in tried.seen)
+    assert num_masked == 64 if "top_p" in options else 0 < num_masked < 50
 
 
 def test_processors_run_in_order_after_biases_and_before_penalties():

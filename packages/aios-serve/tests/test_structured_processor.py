@@ -127,6 +127,9 @@ def test_masks_do_not_depend_on_what_was_asked_before(store, seed):
         masks = allowed(used, *rows) if len(rows) > 1 else [allowed(used, rows[0])]
         for row, mask in zip(rows, masks, strict=True):
             assert mask == allowed(GrammarProcessor(store, vocab_size=VOCAB_SIZE), row)
+            if len(mask) < VOCAB_SIZE and EOS not in row.output_token_ids:
+                accepted = [token_id for token_id in range(VOCAB_SIZE) if used.accepts(row, token_id)]
+                assert accepted in (mask, [token_id for token_id in mask if token_id != EOS])
 
 
 def test_a_sampler_draws_outputs_of_the_form_asked_for_and_forgets(processor):

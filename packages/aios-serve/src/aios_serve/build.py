@@ -46,7 +46,8 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     plan = part.plan()
     limits = scheduler_config(config, plan, on_cpu=part.decoder.device.type == "cpu")
     grammars = GrammarStore(lambda: served_vocabulary(config, files))
-    processor = GrammarProcessor(grammars, vocab_size=part.decoder.config.vocab_size)
+    width = part.decoder.config.vocab_size
+    processor = GrammarProcessor(grammars, vocab_size=width)
     model, pages, sampler = part.build(plan, logits_processors=[processor])
     tiers = tier_plan(config, page_bytes=plan.page_bytes)
     mover = None if tiers is None else part.open_tiers(pages, tiers)

@@ -170,7 +170,8 @@ class ServedRank:
             reduce = tensor.native_reduce or PythonReduction(tensor.all_reduce)
         config, files = self._member.config, self._part.files
         grammars = GrammarStore(lambda: served_vocabulary(config, files))
-        processor = GrammarProcessor(grammars, vocab_size=decoder.config.vocab_size)
+        width = decoder.config.vocab_size
+        processor = GrammarProcessor(grammars, vocab_size=width)
         model, pages, sampler = self._part.build(PoolPlan(**plan), reduce, logits_processors=[processor])
         if isinstance(model, NativeDecoder):
             self._native = model

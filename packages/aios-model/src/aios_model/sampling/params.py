@@ -133,12 +133,16 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         """Whether logits are altered before the draw, leaving aside min_tokens, which ends on its own."""
+        return self.changes_unconstrained_logits or self.structured_outputs is not None
+
+    @property
+    def changes_unconstrained_logits(self) -> bool:
+        """Whether they would be without `structured_outputs`, too."""
         return (
             self.has_penalties
             or self.logit_bias is not None
             or self.allowed_token_ids is not None
             or bool(self.bad_words_token_ids)
-            or self.structured_outputs is not None
         )
 
     @property

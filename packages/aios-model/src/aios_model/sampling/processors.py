@@ -61,6 +61,13 @@ class LogitsProcessor(Protocol):
         """
         ...
 
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        """Whether all that it would do to this row's logits is to exclude tokens, and this one not.
+
+        Then a token drawn without it is what would have been drawn with it, and it need not run. False is always right.
+        """
+        ...
+
     def forget(self, request_id: str) -> None:
         """Drops what is remembered of a finished request; unknown ids are ignored."""
         ...
@@ -105,6 +112,26 @@ class LogitsAdjuster:
             or len(row.output_token_ids) < row.params.min_tokens
             or (bool(self._processors) and any(processor.applies_to(row) for processor in self._processors))
         )
+
+    def is_only_masked(self, row: SamplingRow) -> bool:
+        """Whether a constraint is all that changes the row's logits, and what it leaves is not cut down further.
+
+        A token drawn from all of them that the constraint accepts is then the one that a mask would have led to: the
+        largest of all is the largest of a part that holds it, with noise or without. A share (top_p) or a number
+        (top_k) of the likeliest, in contrast, depends on which others there are.
+        """
+        params = row.params
+        return (
+            params.structured_outputs is not None
+            and not params.changes_unconstrained_logits
+            and len(row.output_token_ids) >= params.min_tokens
+            and (params.is_greedy or (params.top_p >= 1.0 and params.top_k == 0 and params.min_p == 0.0))
+        )
+
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        """Whether a token that was drawn from the logits as they were may stay; only for rows that are only masked."""
+        concerned = [processor for processor in self._processors if processor.applies_to(row)]
+        return bool(concerned) and all(processor.accepts(row, token_id) for processor in concerned)
 
     def adjust(self, logits_RV: Tensor, rows: Sequence[SamplingRow], *, with_bans: bool = True) -> None:
         """Changes logits in place, in vLLM's order.

@@ -75,6 +75,16 @@ class GrammarProcessor:
             raise ConstraintFailedError(failed)
         apply_masks(logits_RV, allowed_RM)
 
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        """See LogitsProcessor. Where anything is unusual, the mask decides."""
+        assert row.params.structured_outputs is not None
+        try:
+            followed = self._follow(row.request_id, row.params.structured_outputs)
+            return not followed.move_to(row.output_token_ids) and followed.accepts(token_id)
+        except _MatcherError:
+            self.forget(row.request_id)
+            return False
+
     def forget(self, request_id: str) -> None:
         """See LogitsProcessor."""
         self._followed.pop(request_id, None)
@@ -88,6 +98,7 @@ class GrammarProcessor:
         followed = self._follow(row.request_id, constraint)
         beyond = followed.move_to(row.output_token_ids)
         if not beyond:
+            # One row after the other: llguidance's own threads made a step slower (docs/en/lab-notes.md).
             followed.fill(allowed_M)
             if followed.may_end:
                 _allow(allowed_M, row.stop_token_ids)
@@ -136,14 +147,18 @@ class _Followed:
         if len(self._consumed) < len(output):
             ahead = output[len(self._consumed) :]
             count = self._matcher.try_consume_tokens(ahead)
-            self._check()
             self._consumed += ahead[:count]
+            self._check()
         return output[len(self._consumed) :]
 
     def fill(self, allowed_M: NDArray[np.uint32]) -> None:
         """Writes which tokens may come next."""
         self._matcher.unsafe_compute_mask_ptr(allowed_M.ctypes.data, allowed_M.nbytes)
         self._check()
+
+    def accepts(self, token_id: int) -> bool:
+        """Whether this token may come next."""
+        return self._matcher.validate_tokens([token_id]) == 1
 
     def _go_back(self, length: int) -> None:
         if not self._matcher.rollback(len(self._consumed) - length):
