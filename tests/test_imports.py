@@ -94,7 +94,14 @@ TENSOR_MODULES = {
         "transform",
         "writing",
     ),
-    "aios_serve": ("backend", "build", "model_part", "served_rank"),
+    "aios_serve": (
+        "backend",
+        "build",
+        "model_part",
+        "served_rank",
+        "structured.bitmask",
+        "structured.processor",
+    ),
 }
 COMMANDS = ("aios_model.cli", "aios_parallel.cli", "aios_quant.cli", "aios_sched.cli", "aios_serve.cli")
 

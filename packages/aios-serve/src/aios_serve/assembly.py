@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aios_kvcache.block_manager import BlockManager
 from aios_kvcache.sizing import PoolPlan
@@ -23,6 +24,9 @@ from aios_sched.scheduler import Scheduler
 from aios_serve.config import EngineConfig
 from aios_serve.engine_port import EnginePort, StepTokenCounter
 from aios_serve.model_info import EngineInfo
+
+if TYPE_CHECKING:
+    from aios_serve.engine_port import Prepare
 
 CPU_STEP_TOKENS = 256
 DEVICE_STEP_TOKENS = 2048
@@ -56,10 +60,11 @@ def assemble(
     executor: Executor,
     *,
     tiers: PageTiers | None = None,
+    prepare: Prepare | None = None,
 ) -> EnginePort:
     """The engine that plans steps within `limits` over the pages of `plan`, and has `executor` run them.
 
-    `tiers` are the books of what lies below the pool.
+    `tiers` are the books of what lies below the pool; `prepare` is for the port.
     """
     block_manager = BlockManager(
         num_blocks=plan.num_blocks,
@@ -80,6 +85,7 @@ def assemble(
         step_tokens=step_tokens,
         reset_prefix_cache=block_manager.reset_prefix_cache,
         request_timeout=config.request_timeout,
+        prepare=prepare,
     )
 
 

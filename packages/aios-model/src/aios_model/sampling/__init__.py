@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aios_model.sampling.processors import LogitsProcessor
     from aios_model.sampling.rows import SampledToken, SamplingRow, TokenLogprobs
     from aios_model.sampling.sampler import Sampler
+    from aios_model.sampling.structured import StructuredOutputsParams
 
 __all__ = [
     "DeviceSampler",
@@ -31,6 +32,7 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "SamplingRow",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "resolve_bad_words",
     "token_logprobs",
@@ -48,6 +50,7 @@ _MODULES = {
     "SamplingError": "errors",
     "SamplingParams": "params",
     "SamplingRow": "rows",
+    "StructuredOutputsParams": "structured",
     "TokenLogprobs": "rows",
     "resolve_bad_words": "bad_words",
     "token_logprobs": "logprobs",
