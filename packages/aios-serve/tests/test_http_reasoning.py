@@ -123,3 +123,10 @@ async def test_a_stop_string_within_thoughts_ends_the_answer(client, engine):
     engine.pieces, engine.stop_reason = ["<think>So", " then"], "STOP"
     response = (await client.post(CHAT, json={"messages": HELLO, "stop": ["STOP"]})).json()["choices"][0]
     assert (response["message"]["reasoning"], response["finish_reason"]) == ("So then", "stop")
+
+
+async def test_a_form_that_is_asked_for_leaves_no_room_for_thoughts(client, engine):
+    engine.pieces = ['{"prime": true}']
+    options = {"chat_template_kwargs": {"open_thinking": True}, "response_format": {"type": "json_object"}}
+    message = await message_of(client, **options)
+    assert (message["content"], "reasoning" in message) == ('{"prime": true}', False)

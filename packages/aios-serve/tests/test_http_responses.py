@@ -189,6 +189,23 @@ async def test_logprobs_come_with_the_text(responses):
     assert "".join(entry.token for entry in streamed) == "Hello!"
 
 
+async def test_the_form_of_the_text_reaches_the_engine(responses, engine):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}
+    response = await responses.create(model="tiny", input="Hi", text={"format": form})
+    assert json.loads(engine.calls[-1].params.structured_outputs.json) == schema
+    assert response.text.format.name == "answer"
+    await responses.create(model="tiny", input="Hi", text={"format": {"type": "json_object"}})
+    assert engine.calls[-1].params.structured_outputs.json_object
+
+
+async def test_calls_can_be_forced(responses, engine):
+    engine.pieces = ['{"city": "Paris"}']
+    choice = {"type": "function", "name": "get_weather"}
+    response = await responses.create(model="tiny", input="Hi", tools=[WEATHER], tool_choice=choice)
+    assert (response.output[0].name, response.output[0].arguments) == ("get_weather", '{"city": "Paris"}')
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -207,7 +224,8 @@ async def test_logprobs_come_with_the_text(responses):
         ({"temperature": 9.0}, "temperature"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
-        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format"),
+        ({"text": {"format": {"type": "yaml"}}}, "text.format"),
         ({"input": []}, "input"),
         ({"input": 5}, "input"),
         ({"input": [{"role": "king", "content": "x"}]}, "input"),

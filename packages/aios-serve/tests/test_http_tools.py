@@ -7,6 +7,8 @@ import json
 import pytest
 from chat_templates import HERMES, LLAMA, MISTRAL, byte_tokenizer
 
+from aios_model.errors import InvalidRequestError
+
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "How warm is Paris?"}]
 WEATHER = {
@@ -255,11 +257,56 @@ async def test_a_template_without_a_notion_of_tools_is_said_so(make_client, engi
     assert engine.calls == []
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_time"}}])
-async def test_forced_calls_wait_for_constrained_decoding(client, engine, choice):
-    error = error_of(await client.post(CHAT, json=WANTED | {"tool_choice": choice}), 501)
-    assert (error["param"], error["code"]) == ("tool_choice", "not_implemented")
-    assert engine.calls == []
+async def test_required_holds_the_model_to_a_list_of_calls(client, engine):
+    engine.pieces = [
+        '[{"name": "get_',
+        'weather", "parameters": {"city": "Paris"}}, {"name": "get_time", "parameters": {}}]',
+    ]
+    choice = (await chat(client, tool_choice="required"))["choices"][0]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["get_weather", "get_time"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
+    schema = json.loads(engine.calls[-1].params.structured_outputs.json)
+    assert engine.checked == [engine.calls[-1].params.structured_outputs]
+    assert schema["$defs"]["get_weather"] == WEATHER["function"]["parameters"]
+    assert "maxItems" not in schema
+    message, reason, _ = await stream(client, tool_choice="required", parallel_tool_calls=False)
+    assert [call["arguments"] for call in message["tool_calls"]] == ['{"city": "Paris"}']
+    assert reason == "tool_calls"
+    assert json.loads(engine.calls[-1].params.structured_outputs.json)["maxItems"] == 1
+
+
+async def test_a_named_function_holds_the_model_to_its_arguments(client, engine):
+    engine.pieces = ['{"ci', 'ty": "Paris"}']
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    choice = (await chat(client, tool_choice=named))["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    assert json.loads(engine.calls[-1].params.structured_outputs.json) == WEATHER["function"]["parameters"]
+    message, _, _ = await stream(client, tool_choice=named)
+    assert message["tool_calls"][0]["arguments"] == '{"city": "Paris"}'
+
+
+async def test_calls_can_be_forced_whatever_format_the_model_was_trained_on(client, engine):
+    engine.tokenizer = byte_tokenizer("{{ tools }}{{ messages[0].content }}")
+    engine.pieces = ['[{"name": "get_time", "parameters": {}}]']
+    assert (await chat(client, tool_choice="required"))["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_a_schema_that_cannot_be_compiled_blames_the_tools(client, engine, monkeypatch):
+    async def check(self, params):
+        raise InvalidRequestError("structured_outputs.json: no such keyword", param="structured_outputs.json")
+
+    monkeypatch.setattr(type(engine), "check_structured_outputs", check)
+    error = error_of(await client.post(CHAT, json=WANTED | {"tool_choice": "required"}), 400)
+    assert error["param"] == "tools"
+    assert "parameters of the tools: no such keyword" in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+@pytest.mark.parametrize("form", [{"response_format": {"type": "json_object"}}, {"structured_outputs": {"regex": "a"}}])
+async def test_calls_and_another_form_exclude_each_other(client, choice, form):
+    error = error_of(await client.post(CHAT, json=WANTED | form | {"tool_choice": choice}), 400)
+    assert error["param"] == "tool_choice"
+    await chat(client, tool_choice="none", **form)
 
 
 @pytest.mark.parametrize(

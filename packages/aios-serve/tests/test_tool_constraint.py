@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import llguidance
 import pytest
 
 from aios_serve.tool_calls.constraint import forced_calls_schema
@@ -22,9 +23,15 @@ PATH = {
 }
 OTHER_POINT = {"type": "object", "definitions": {"point": {"type": "string"}}}
 OTHER_POINT["properties"] = {"at": {"$ref": "#/definitions/point"}}
+TREE = {
+    "type": "object",
+    "properties": {"leaf": {"type": "integer"}, "children": {"type": "array", "items": {"$ref": "#"}}},
+}
+TREE["additionalProperties"] = False
 TOOLS = [
     {"type": "function", "function": {"name": "draw", "parameters": PATH}},
     {"type": "function", "function": {"name": "go", "parameters": OTHER_POINT}},
+    {"type": "function", "function": {"name": "grow", "parameters": TREE}},
     {"type": "function", "function": {"name": "stop"}},
 ]
 
@@ -38,7 +45,6 @@ def schema(mode, name=None, **options):
 
 def admits(schema, value):
     """Whether llguidance lets this JSON through, byte by byte, to the end."""
-    llguidance = pytest.importorskip("llguidance")
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
     matcher = llguidance.LLMatcher(tokenizer, grammar)
@@ -50,6 +56,7 @@ def admits(schema, value):
 CALLS = [
     {"name": "draw", "parameters": {"path": [{"x": 1}, {"x": -2}]}},
     {"name": "go", "parameters": {"at": "home"}},
+    {"name": "grow", "parameters": {"leaf": 1, "children": [{"children": [{"leaf": 2}]}]}},
     {"name": "stop", "parameters": {}},
 ]
 
@@ -63,6 +70,7 @@ def test_required_admits_calls_and_nothing_else():
     assert not admits(required, [{"name": "draw", "parameters": {"path": ["home"]}}])
     assert not admits(required, [{"name": "go", "parameters": {"at": {"x": 1}}}])
     assert not admits(required, [{"name": "stop", "parameters": {"x": 1}}])
+    assert not admits(required, [{"name": "grow", "parameters": {"children": [{"x": 1}]}}])
 
 
 def test_without_parallel_calls_there_is_one():
@@ -85,7 +93,7 @@ def test_a_free_choice_has_no_schema(mode):
 def test_what_is_admitted_is_read_back():
     parser = RequiredCallsParser()
     pieces = [*parser.push(json.dumps(CALLS)), *parser.finish()]
-    assert [piece.name for piece in pieces if isinstance(piece, CallStart)] == ["draw", "go", "stop"]
+    assert [piece.name for piece in pieces if isinstance(piece, CallStart)] == ["draw", "go", "grow", "stop"]
     arguments = [json.loads(piece.text) for piece in pieces if isinstance(piece, CallArguments)]
     assert arguments == [call["parameters"] for call in CALLS]
     named = NamedCallParser("draw")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from aios_model.errors import InvalidRequestError
 from aios_serve.answers.plan import AnswerPlan, plan_answer
 from aios_serve.auth import tenant_of
 from aios_serve.generation import GenerationJob
@@ -14,10 +15,13 @@ from aios_serve.request_identity import default_seed
 from aios_serve.sampling_request import chat_params, with_default_max_tokens
 from aios_serve.serving import new_id
 from aios_serve.session_key import session_of
+from aios_serve.structured_request import check_structured_outputs
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from aios_model.sampling.params import SamplingParams
+    from aios_serve.async_engine import AsyncEngine
     from aios_serve.openai_types import ChatCompletionRequest
     from aios_serve.serving import Serving
 
@@ -65,4 +69,18 @@ class ChatJob:
             default_seed=default_seed(request.scope),
         )
         job.check(engine)
+        await _check_form(engine, job.params, body, plan)
         return cls(model=model, job=job, plan=plan.for_prompt(prompt, engine.tokenizer))
+
+
+async def _check_form(
+    engine: AsyncEngine, params: SamplingParams, body: ChatCompletionRequest, plan: AnswerPlan
+) -> None:
+    """Have the form that answers are held to compiled; where that is calls, what is wrong is a tool's schema."""
+    try:
+        await check_structured_outputs(engine, params, body)
+    except InvalidRequestError as error:
+        if not plan.is_forced:
+            raise
+        message = str(error).replace("structured_outputs.json", "the parameters of the tools")
+        raise InvalidRequestError(message, param="tools") from None

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from aios_serve.reasoning.registry import ReasoningFormat
     from aios_serve.server_config import ServerConfig
 
+FORM_OR_CALLS = (
+    "response_format or structured_outputs would leave no room for calls of tools; send one of them with "
+    'tool_choice "none", or tools without it'
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerPlan:
@@ -42,6 +47,11 @@ class AnswerPlan:
     reasoning: ReasoningFormat | None = None
     reasoning_is_open: bool = False
     include_reasoning: bool = True
+
+    @property
+    def is_forced(self) -> bool:
+        """Whether a grammar holds answers to calls."""
+        return self.choice.mode in ("required", "named")
 
     def for_prompt(self, prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> AnswerPlan:
         """The plan for answers to this prompt, whose end may have opened or closed thoughts."""
@@ -67,9 +77,8 @@ def plan_answer(
     """How answers to `body` are taken apart, and the sampling parameters that this needs.
 
     Raises:
-        InvalidRequestError: The template knows of no tools, `tool_choice` "auto" is turned off, or it isn't known how
-            the model writes calls.
-        ApiError: 501, for a tool choice that cannot be enforced yet.
+        InvalidRequestError: The template knows of no tools, `tool_choice` "auto" is turned off, it isn't known how the
+            model writes calls, or the answer is to have another form.
     """
     choice, tools = body.choice_of_tools, body.tools or []
     jinja = tokenizer.chat_template(with_tools=bool(body.tools_for_template))
@@ -77,12 +86,14 @@ def plan_answer(
         raise InvalidRequestError(NO_TOOLS, param="tools")
     template = jinja.source
     parser = config.tool_call_parser or detect_tool_call_parser(template)
+    if choice.mode != "none" and params.structured_outputs is not None:
+        raise InvalidRequestError(FORM_OR_CALLS, param="tool_choice")
     if choice.mode == "auto":
         _check_auto(parser, config)
     parallel = body.parallel_tool_calls is not False
     params = constrained(params, forced_calls_schema(tools, choice, parallel=parallel))
-    is_forced = choice.mode in ("required", "named")
-    reasoning = None if is_forced else _reasoning(config, template)  # a grammar leaves no room for thoughts
+    # A grammar leaves no room for thoughts.
+    reasoning = None if params.structured_outputs is not None else _reasoning(config, template)
     plan = AnswerPlan(
         choice=choice,
         tool_call_parser=parser,

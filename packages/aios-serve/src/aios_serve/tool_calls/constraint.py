@@ -7,9 +7,11 @@ engine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from aios_serve.error_responses import ApiError
+from aios_model.errors import InvalidRequestError
+from aios_model.sampling.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from aios_model.sampling.params import SamplingParams
@@ -28,14 +30,10 @@ def forced_calls_schema(
         return next(_parameters(tool) for tool in tools if tool["function"]["name"] == choice.name)
     if choice.mode != "required":
         return None
-    # References point at the root of the schema they are written in, so definitions move up to the root of ours.
-    definitions: dict[str, Any] = {}
-    calls = [_call(tool, definitions) for tool in tools]
-    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": [_call(tool) for tool in tools]}}
     if not parallel:
         schema["maxItems"] = 1
-    if definitions:
-        schema["$defs"] = definitions
+    schema["$defs"] = {tool["function"]["name"]: _moved(_parameters(tool), tool["function"]["name"]) for tool in tools}
     return schema
 
 
@@ -43,18 +41,15 @@ def constrained(params: SamplingParams, schema: Mapping[str, Any] | None) -> Sam
     """`params` that hold the answer to `schema`.
 
     Raises:
-        ApiError: 501, as long as the engine takes no constraints.
+        InvalidRequestError: the schema is too large or too deep; `param` blames the tools.
     """
     if schema is None:
         return params
-    raise ApiError(
-        501,
-        'tool_choice "required" and a function by name need constrained decoding, which this server does not do yet; '
-        'send tool_choice "auto" and ask for the call in the prompt.',
-        type="server_error",
-        code="not_implemented",
-        param="tool_choice",
-    )
+    try:
+        return replace(params, structured_outputs=StructuredOutputsParams.of({"json": schema}))
+    except InvalidRequestError as error:
+        message = str(error).replace("structured_outputs.json", "the parameters of the tools together")
+        raise InvalidRequestError(message, param="tools") from None
 
 
 def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,31 +59,24 @@ def _parameters(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", **schema}
 
 
-def _call(tool: Mapping[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _call(tool: Mapping[str, Any]) -> dict[str, Any]:
     name = tool["function"]["name"]
-    parameters = _parameters(tool)
-    for key in ("$defs", "definitions"):
-        own = parameters.pop(key, None)
-        if isinstance(own, dict):
-            for label, definition in own.items():
-                definitions[f"{name}.{label}"] = _moved(definition, name)
     return {
         "type": "object",
-        "properties": {"name": {"const": name}, "parameters": _moved(parameters, name)},
+        "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{name}"}},
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
 
 
 def _moved(node: Any, name: str) -> Any:
-    """`node` with its references to definitions turned to where `_call` puts them."""
-    if isinstance(node, dict):
-        return {key: _reference(item, name) if key == "$ref" else _moved(item, name) for key, item in node.items()}
-    return [_moved(item, name) for item in node] if isinstance(node, list) else node
-
-
-def _reference(target: Any, name: str) -> Any:
-    for root in ("#/$defs/", "#/definitions/"):
-        if isinstance(target, str) and target.startswith(root):
-            return f"#/$defs/{name}.{target.removeprefix(root)}"
-    return target
+    """`node` with references that begin at its root turned to where the root is now."""
+    if isinstance(node, list):
+        return [_moved(item, name) for item in node]
+    if not isinstance(node, dict):
+        return node
+    moved = {key: _moved(item, name) for key, item in node.items()}
+    target = node.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        moved["$ref"] = f"#/$defs/{name}{target[1:]}"
+    return moved
