@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
@@ -41,13 +42,7 @@ class SpeculativeConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
             raise _bad("method", self.method, f"choose one of {', '.join(METHODS)}")
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if type(value) not in (get_args(hint) or (hint,)):
-                raise _bad(name, value, "it must be a whole number")
-        for name in (field.name for field in fields(self)):
-            if name not in _options(self.method) and getattr(self, name) is not None:
-                raise _bad(name, getattr(self, name), f"method {self.method!r} has no such option")
+        self._check_options()
         if not 1 <= self.num_speculative_tokens <= MAX_DRAFTS:
             raise _bad("num_speculative_tokens", self.num_speculative_tokens, f"it must be 1 to {MAX_DRAFTS}")
         low, high = self.ngram_sizes
@@ -55,29 +50,48 @@ class SpeculativeConfig:
             raise _bad(
                 "prompt_lookup_min",
                 low,
-                f"1 <= prompt_lookup_min <= prompt_lookup_max <= {_MAX_NGRAM} must hold, and prompt_lookup_max is "
-                f"{high}",
+                f"it must be at least 1 and at most prompt_lookup_max={high}, which goes up to {_MAX_NGRAM}",
             )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> SpeculativeConfig:
-        """From what a JSON object holds.
+        """From what a JSON object holds; a value of None counts as not given.
 
         Raises:
             ConfigError: As above; also for unknown keys, with those that there are.
         """
-        if "method" not in options:
-            raise ConfigError(f"speculative: no method is given; choose one of {', '.join(METHODS)}")
-        method = options["method"]
-        if isinstance(method, str) and method in METHODS:
-            allowed = _options(method)
-            for name in options:
-                if name not in allowed:
-                    raise ConfigError(
-                        f"speculative: unknown option {name!r}; method {method!r} takes {', '.join(allowed)}"
-                    )
-            return cls(**options)
-        raise _bad("method", method, f"choose one of {', '.join(METHODS)}")
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; {_what_there_is(options.get('method'))}")
+        if options.get("method") is None:
+            raise ConfigError(f"no method is given; choose one of {', '.join(METHODS)}")
+        return cls(**{name: value for name, value in options.items() if value is not None})
+
+    @classmethod
+    def from_json(cls, text: str) -> SpeculativeConfig:
+        """From the text of a JSON object.
+
+        Raises:
+            ConfigError: As above; also where it is no JSON object.
+        """
+        example = '{"method": "ngram", "num_speculative_tokens": 4}'
+        try:
+            options = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"it is no JSON ({error}); write, for example, {example}") from None
+        if not isinstance(options, dict):
+            raise ConfigError(f"it is no JSON object; write, for example, {example}")
+        return cls.from_mapping(options)
+
+    def _check_options(self) -> None:
+        """Whether the method has them, and whether they are numbers."""
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if type(value) not in (get_args(hint) or (hint,)):
+                raise _bad(name, value, "it must be a whole number")
+            if value is not None and name not in _options(self.method):
+                raise _bad(name, value, f"it is no option of method {self.method!r}; {_what_there_is(self.method)}")
 
     @property
     def ngram_sizes(self) -> tuple[int, int]:
@@ -92,5 +106,11 @@ def _options(method: str) -> tuple[str, ...]:
     return ("method", "num_speculative_tokens", *METHODS[method])
 
 
+def _what_there_is(method: object) -> str:
+    if isinstance(method, str) and method in METHODS:
+        return f"method {method!r} takes {', '.join(_options(method))}"
+    return "; ".join(f"method {name!r} takes {', '.join(_options(name))}" for name in METHODS)
+
+
 def _bad(name: str, value: object, remedy: str) -> ConfigError:
-    return ConfigError(f"speculative: {name}={value!r} cannot be used: {remedy}")
+    return ConfigError(f"{name}={value!r} cannot be used: {remedy}")
