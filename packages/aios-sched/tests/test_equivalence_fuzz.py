@@ -30,6 +30,7 @@ import torch
 
 from aios_kvcache.block import PageContent
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.block_pool import BlockPool
 from aios_kvcache.page_mover import PageMover
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.tier_sizing import TierPlan
@@ -44,6 +45,7 @@ from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import SamplingRow, TokenLogprobs
 from aios_model.sampling.sampler import Sampler
 from aios_model.weights.dummy import DummyEntry
+from aios_sched.admission import Admission
 from aios_sched.config import SchedulerConfig
 from aios_sched.drafting import Drafting
 from aios_sched.engine import Engine
@@ -255,6 +257,7 @@ class Case:
             [token for phrase in self.rng.choices(phrases, k=self.rng.randint(1, 5)) for token in phrase][:30]
             for _ in range(4)
         ]
+        self.prompts: list[list[int]] = []
         self.mover: PageMover | None = None
         self.drafting = self._drafting()
         self.engine = self._engine()
@@ -343,8 +346,7 @@ class Case:
 
     def _request(self, request_id: str) -> Request:
         rng = self.rng
-        prefix = rng.choice(self.prefixes)
-        prompt = [*prefix[: rng.randint(0, len(prefix))], *self._tokens(rng.randint(1, 12))]
+        prompt = self._prompt()
         seed = rng.randrange(100)
         max_tokens = rng.randint(1, MAX_MODEL_LEN - len(prompt))
         params = SamplingParams(
@@ -379,6 +381,15 @@ class Case:
             cache_salt=rng.choice(["", "", "tenant"]),
         )
 
+    def _prompt(self) -> list[int]:
+        """Some are asked again, as by `n` choices of one request: they fork what was computed already."""
+        rng = self.rng
+        if self.prompts and rng.random() < 0.3:
+            return rng.choice(self.prompts)
+        prefix = rng.choice(self.prefixes)
+        self.prompts.append([*prefix[: rng.randint(0, len(prefix))], *self._tokens(rng.randint(1, 12))])
+        return self.prompts[-1]
+
     def _tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(1, VOCAB_SIZE) for _ in range(count)]
 
@@ -408,17 +419,17 @@ def test_cases(seed) -> None:
 @contextmanager
 def page_freed_twice() -> Iterator[None]:
     """Now and then a page goes back while somebody still holds it."""
-    release, calls = BlockManager._release, [0]
+    release, calls = BlockPool.release, [0]
 
     def broken(self, block_ids, **options) -> None:
         release(self, block_ids, **options)
         calls[0] += 1
         if calls[0] % 5 == 0:
-            held = next((block for block in self._blocks[1:] if block.ref_count > 1), None)
+            held = next((block for block in self.blocks[1:] if block.ref_count > 1), None)
             if held is not None:
                 held.ref_count -= 1
 
-    with patch.object(BlockManager, "_release", broken):
+    with patch.object(BlockPool, "release", broken):
         yield
 
 
@@ -472,6 +483,43 @@ def tenants_share_pages() -> Iterator[None]:
         return found
 
     with patch.object(BlockManager, "open", broken):
+        yield
+
+
+@contextmanager
+def shared_page_written() -> Iterator[None]:
+    """A page that a fork shares is written in place, unless the prefix cache knows it."""
+    reserve = BlockManager.reserve
+
+    def broken(self, sequence_id, *, start, end):
+        blocks = [self._pool.blocks[block_id] for block_id in self.block_table(sequence_id)]
+        shared = [block for block in blocks if block.ref_count > 1 and block.content is None]
+        for block in shared:
+            block.ref_count -= 1
+        copies = reserve(self, sequence_id, start=start, end=end)
+        for block in shared:
+            block.ref_count += 1
+        return copies
+
+    with patch.object(BlockManager, "reserve", broken):
+        yield
+
+
+@contextmanager
+def fork_of_what_is_not_computed() -> Iterator[None]:
+    """A prompt is shared as soon as somebody reads it, computed or not."""
+    find = Admission._find_twin
+
+    def broken(self, request, num_shared, running):
+        computed = [other.num_computed_tokens for other in running]
+        for other in running:
+            other.num_computed_tokens = max(other.num_computed_tokens, len(other.prompt_token_ids))
+        twin = find(self, request, num_shared, running)
+        for other, before in zip(running, computed, strict=True):
+            other.num_computed_tokens = before
+        return twin
+
+    with patch.object(Admission, "_find_twin", broken):
         yield
 
 
@@ -547,6 +595,8 @@ PLANTED: dict[str, Callable] = {
         published_too_early,
         chunk_border_off_by_one,
         tenants_share_pages,
+        shared_page_written,
+        fork_of_what_is_not_computed,
         rejected_tokens_are_published,
         noise_keyed_by_row,
         counts_of_rejected_drafts_kept,

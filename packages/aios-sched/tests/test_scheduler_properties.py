@@ -237,7 +237,7 @@ class ReservesOneSlotLess(BlockManager):
 
 class TakesAHashForAProof(BlockManager):
     def open(self, sequence_id, token_ids, **options):
-        cache = self._cache
+        cache = self._pool.cache
         cache.find = lambda parent, tokens, salt: cache._blocks.get(cache.hash_of(parent, tokens, salt))
         return super().open(sequence_id, token_ids, **options)
 

@@ -201,12 +201,19 @@ class StepPlanner:
             num_known = len(request.token_ids)
             num_drafts = min(len(drafts), plan.budget, self._num_draft_slots(row))
             if num_drafts:
-                copies = self._block_manager.reserve(request.request_id, start=num_known, end=num_known + num_drafts)
-                assert copies == [], "slots behind the last token are new ones, and there are pages for them"
+                self._take_draft_pages(request, row, end=num_known + num_drafts)
                 row.token_ids += drafts[:num_drafts]
                 row.num_drafts = num_drafts
-                row.block_table = self._block_manager.block_table(request.request_id)
                 plan.budget -= num_drafts
+
+    def _take_draft_pages(self, request: Request, row: ScheduledRequest, *, end: int) -> None:
+        """Pages behind those of the row, up to the slot `end`. What those hold is the row's to write already."""
+        num_slots = len(row.block_table) * self._block_manager.block_size
+        if end <= num_slots:
+            return
+        copies = self._block_manager.reserve(request.request_id, start=num_slots, end=end)
+        assert copies == [], "new pages are nobody else's, and they were counted"
+        row.block_table = self._block_manager.block_table(request.request_id)
 
     def _num_draft_slots(self, row: ScheduledRequest) -> int:
         """Slots behind the row's tokens that drafts may have: those in its pages, and those in pages to spare."""
