@@ -46,7 +46,8 @@ REPORT = (
 )
 
 WORKLOADS = {
-    "edit of code": f"Rename total to sum_of_prices and write down the whole class again.\n\n```python\n{CODE}```",
+    "edit of code": "Rename the method total to sum_of_prices and write down the whole class again.\n\n"
+    f"```python\n{CODE}```",
     "quotes": f"Repeat the following report word for word, then say what it is about.\n\n{REPORT}",
     "summary": f"{REPORT}\n\nSummarize the report in three sentences. Quote it where you can.",
     "story": "Write a story about a lighthouse keeper who collects broken clocks.",
