@@ -37,7 +37,7 @@ from aios_serve.config import EngineConfig, parse_count
         ({"speculative": {"method": "ngram", "k": 2}}, ["unknown option 'k'", "num_speculative_tokens"]),
         ({"speculative": '{"method": "ngram", "prompt_lookup_min": 0}'}, ["prompt_lookup_min=0", "at least 1"]),
         ({"speculative": "ngram"}, ["speculative='ngram'", "no JSON"]),
-        ({"speculative": 4}, ["speculative=4", "SpeculativeConfig or None"]),
+        ({"speculative": 4}, ["speculative=4", "None or SpeculativeConfig"]),
         ({"kv_cache_policy": "swap"}, ["kv_cache_policy='swap'", "contiguous"]),
         ({"device_memory_utilization": 1.5}, ["device_memory_utilization=1.5", "0.9"]),
         ({"device_memory_utilization": float("nan")}, ["device_memory_utilization=nan"]),
