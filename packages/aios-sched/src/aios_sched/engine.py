@@ -117,6 +117,11 @@ class Engine:
         self._tell_finished(outputs)
         return outputs
 
+    @property
+    def block_manager(self) -> BlockManager:
+        """The pages, for whoever watches them: `PageRecorder(engine.block_manager)`."""
+        return self._scheduler.block_manager
+
     def check(self) -> None:
         """Raises ExecutorLostError if no step can run any more; worth asking while there is nothing to do."""
         self._executor.check()
