@@ -17,7 +17,7 @@ from aios_model.command_line import run_command
 from aios_model.errors import ConfigError
 from aios_serve.cli_options import batching, http, memory, parallelism, process
 from aios_serve.cli_options import model as model_options
-from aios_serve.config import EngineConfig, parse_count
+from aios_serve.config import EngineConfig, parse_count, read_speculative
 from aios_serve.server_config import ServerConfig
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ def serve(
     priority_aging_seconds: batching.PriorityAgingSeconds = None,
     request_timeout: batching.RequestTimeout = None,
     max_num_queued_reqs: batching.MaxNumQueuedReqs = ENGINE.max_num_queued_reqs or 0,
+    speculative_config: batching.SpeculativeConfig = None,
     tensor_parallel_size: parallelism.TensorParallelSize = ENGINE.tensor_parallel,
     pipeline_parallel_size: parallelism.PipelineParallelSize = ENGINE.pipeline_parallel,
     enable_expert_parallel: parallelism.EnableExpertParallel = ENGINE.expert_parallel,
@@ -148,6 +149,7 @@ def serve(
         kv_offloading_disk_size=parse_count(kv_offloading_disk_size, option="kv_offloading_disk_size"),
         kv_offloading_path=None if kv_offloading_path is None else str(kv_offloading_path),
         preemption_mode=preemption_mode,
+        speculative=read_speculative(speculative_config),
         max_num_queued_reqs=max_num_queued_reqs,
         max_logprobs=max_logprobs,
         structured_outputs_timeout=structured_outputs_timeout,
@@ -238,6 +240,7 @@ def _in_flags(message: str) -> str:
         "expert_parallel": "--enable-expert-parallel",
         "data_parallel": "--data-parallel-size",
         "distributed_executor": "--distributed-executor-backend",
+        "speculative": "--speculative-config",
     }
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
 
