@@ -441,6 +441,7 @@ def make_request(
     cache_salt="",
     arrival_time=None,
     tenant="default",
+    tenant_weight=1.0,
     deadline=None,
     **params,
 ):
@@ -456,6 +457,7 @@ def make_request(
         cache_salt=cache_salt,
         arrival_time=arrival_time,
         tenant=tenant,
+        tenant_weight=tenant_weight,
         deadline=deadline,
     )
 

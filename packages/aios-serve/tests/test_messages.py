@@ -68,6 +68,8 @@ ADD = AddRequest(
     arrival_time=1.25,
     priority=-1,
     cache_salt="s",
+    tenant="t",
+    tenant_weight=2.5,
 )
 COMMANDS = [Start(config=EngineConfig(model="m")), ADD, Abort(engine_ids=["a"]), ResetPrefixCache(), Shutdown()]
 EVENTS = [
