@@ -94,7 +94,14 @@ TENSOR_MODULES = {
     ),
     "aios_serve": ("backend", "build", "model_part", "served_rank"),
 }
-COMMANDS = ("aios_model.cli", "aios_parallel.cli", "aios_quant.cli", "aios_sched.cli", "aios_serve.cli")
+COMMANDS = (
+    "aios_model.cli",
+    "aios_parallel.cli",
+    "aios_quant.cli",
+    "aios_sched.cli",
+    "aios_serve.cli",
+    "aios_serve.tenants.cli",
+)
 
 
 @pytest.mark.parametrize("package", TENSOR_MODULES)
