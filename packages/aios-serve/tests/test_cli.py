@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 
@@ -153,6 +154,10 @@ def test_key_can_come_from_the_environment(run, monkeypatch):
         (["--gpu-memory-utilization", "90"], ["--device-memory-utilization=90", "0.9"]),
         (["--kv-cache-memory-bytes", "lots"], ["--kv-cache-memory-bytes='lots'", "4GiB"]),
         (["--kv-cache-memory-bytes", "1g", "--num-gpu-blocks-override", "5"], ["--num-gpu-blocks-override"]),
+        (
+            ["--max-model-len", "4k", "--num-gpu-blocks-override", "255"],
+            ["--num-gpu-blocks-override=255", "--max-model-len=4096", "needs 256 pages of 16 tokens", "4080"],
+        ),
         (["--ssl-certfile", "x.pem"], ["--ssl-keyfile"]),
         (["--api-key", ""], ["API key"]),
         (["--allowed-origins", "[1"], ["--allowed-origins='[1'", "JSON"]),
@@ -199,6 +204,24 @@ def test_help_and_mistakes_import_nothing_heavy(args):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_smallest_legal_pool_is_served(run):
+    engine, _, _ = run("--max-model-len", "4k", "--num-gpu-blocks-override", "256")
+    assert (engine.max_model_len, engine.num_gpu_blocks_override) == (4096, 256)
+
+
+def test_one_page_fewer_ends_with_status_2_and_the_arithmetic_before_anything_is_loaded():
+    options = ["--max-model-len", "4096", "--num-gpu-blocks-override", "255", "--port", "0"]
+    command = [sys.executable, "-X", "importtime", "-m", "aios_serve.cli", "/no/such/model", *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert line == (
+        "aios-serve: --num-gpu-blocks-override=255 cannot be used: one sequence of --max-model-len=4096 tokens needs "
+        "256 pages of 16 tokens, and these hold 4080 tokens; give as many pages, or lower --max-model-len to 4080"
+    )
+    assert not re.search(r"\| +(torch|uvicorn|aios_serve\.server)$", result.stderr, re.MULTILINE)
 
 
 def test_address_in_use_ends_with_status_1_and_one_line():

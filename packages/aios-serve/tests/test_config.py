@@ -38,6 +38,10 @@ from aios_serve.config import EngineConfig, parse_count
         ({"served_model_name": ("a", "")}, ["served_model_name"]),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, ["max_num_batched_tokens=4", "max_num_seqs=8"]),
         ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, ["kv_cache_memory_bytes", "one of them"]),
+        (
+            {"max_model_len": 4081, "num_gpu_blocks_override": 255},
+            ["num_gpu_blocks_override=255", "max_model_len=4081", "256 pages of 16", "hold 4080 tokens", "to 4080"],
+        ),
         ({"pipeline_parallel": 0}, ["pipeline_parallel=0", "at least 1"]),
         ({"expert_parallel": True}, ["expert_parallel=True", "2 or more"]),
         ({"max_engine_restarts": -1}, ["max_engine_restarts=-1"]),
@@ -55,6 +59,12 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(options, words):
         EngineConfig(**options)
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_policy": "contiguous", "num_gpu_blocks_override": 1}])
+def test_the_smallest_pool_for_a_length_is_accepted(options):
+    config = EngineConfig(**{"max_model_len": 4080, "num_gpu_blocks_override": 255} | options)
+    assert config.max_model_len == 4080
 
 
 def test_an_unknown_option_names_the_closest_known_one():

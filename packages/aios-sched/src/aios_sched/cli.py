@@ -18,7 +18,6 @@ from rich.markup import escape
 from aios_model.command_line import run_command
 from aios_model.errors import AiosError, ConfigError
 from aios_sched import cli_options as options
-from aios_sched.cli_options import Routing
 
 if TYPE_CHECKING:
     from aios_sched.simulator.cost import CostModel
@@ -82,7 +81,7 @@ def simulate(
     max_num_queued_reqs: options.Queued = None,
     scheduling_policy: options.Policy = "fcfs",
     replicas: options.Replicas = 1,
-    routing: options.RoutingOption = Routing.prefix_affinity,
+    routing: options.Routing = "prefix-affinity",
     cost: options.Cost = None,
     device: options.Device = None,
     model: options.Model = None,
@@ -278,7 +277,7 @@ def _system(given: dict[str, Any], cost: CostModel) -> SystemConfig:
         max_num_queued=given["max_num_queued_reqs"],
         policy=given["scheduling_policy"],
         replicas=given["replicas"],
-        routing=given["routing"].value,
+        routing=given["routing"],
     )
 
 
