@@ -21,6 +21,7 @@ TENSOR_MODULES = {
         "layers",
         "loader",
         "model",
+        "sampling.device_sampler",
         "sampling.drawer",
         "sampling.logprobs",
         "sampling.native_draw",
@@ -30,6 +31,7 @@ TENSOR_MODULES = {
         "sampling.sampler",
         "sampling.torch_draw",
         "sampling.truncation",
+        "transfers",
         "weights.block_rows",
         "weights.dummy",
         "weights.gguf",
@@ -53,7 +55,7 @@ TENSOR_MODULES = {
         "pool_memory",
         "stored_heads",
     ),
-    "aios_sched": ("batch", "model_runner"),
+    "aios_sched": ("batch", "model_runner", "newest_tokens"),
     "aios_parallel": (
         "offload.device",
         "offload.streaming",
@@ -92,7 +94,14 @@ TENSOR_MODULES = {
         "transform",
         "writing",
     ),
-    "aios_serve": ("backend", "build", "model_part", "served_rank"),
+    "aios_serve": (
+        "backend",
+        "build",
+        "model_part",
+        "served_rank",
+        "structured.bitmask",
+        "structured.processor",
+    ),
 }
 COMMANDS = (
     "aios_model.cli",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aios_model.errors import InvalidRequestError
 from aios_model.sampling import processors, truncation
-from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError
+from aios_model.sampling.errors import NonFiniteLogitsError, NoProcessorError, NoTokenLeftError
 from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.sampler import SampledToken, Sampler, SamplingRow
@@ -417,6 +417,12 @@ def test_penalties_follow_their_formulas():
         def __call__(self, logits_RV, rows):
             captured.append(logits_RV)
 
+        def accepts(self, row, token_id):
+            return False
+
+        def forget(self, request_id):
+            pass
+
     params = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, repetition_penalty=2.0)
     row = row_for(params, prompt_token_ids=[0, 1, 1], output_token_ids=[2, 2, 2, 3])
     logits = torch.tensor([[4.0, -4.0, 4.0, -4.0, 4.0]], dtype=torch.float64)
@@ -566,6 +572,12 @@ class Mask:
                 logits_RV[i] = -torch.inf
                 logits_RV[i, self.allowed[row.request_id]] = kept
 
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        return token_id in self.allowed[row.request_id]
+
+    def forget(self, request_id: str) -> None:
+        self.allowed.pop(request_id, None)
+
 
 def test_a_processor_masks_its_rows_and_sees_no_others():
     logits = torch.tensor([[9.0, 1.0, 2.0, 3.0]] * 3)
@@ -573,6 +585,40 @@ def test_a_processor_masks_its_rows_and_sees_no_others():
     rows = [row_for(GREEDY, request_id=name) for name in "abc"]
     assert sample(logits, rows, logits_processors=[mask]) == [0, 2, 0]
     assert mask.seen == [["b"]]
+
+
+def test_forgetting_a_request_tells_the_processors():
+    mask = Mask({"a": [1], "b": [2]})
+    Sampler(vocab_size=4, device="cpu", logits_processors=[mask]).forget("a")
+    assert list(mask.allowed) == ["b"]
+
+
+def test_structured_outputs_without_a_processor_that_knows_them_fail_by_name():
+    logits = torch.tensor([[9.0, 1.0, 2.0, 3.0]] * 3)
+    constrained = SamplingParams(temperature=0, structured_outputs={"regex": "a+"})
+    rows = [row_for(constrained if name in "ac" else GREEDY, request_id=name) for name in "abc"]
+    with pytest.raises(NoProcessorError) as caught:
+        sample(logits, rows, logits_processors=[Mask({"a": [1]})])
+    assert caught.value.request_ids == ("c",)
+    assert sample(logits[:2], rows[:2], logits_processors=[Mask({"a": [1]})]) == [1, 0]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.8}, {"temperature": 1.3, "top_p": 0.7}])
+def test_tokens_drawn_before_the_mask_are_those_drawn_behind_it(options):
+    class Unsure(Mask):
+        def accepts(self, row, token_id):
+            return False
+
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(5)) * 2
+    params = SamplingParams(structured_outputs={"regex": "a"}, **options)
+    rows = [row_for(params, request_id=str(i), seed=i) for i in range(64)]
+    allowed = {str(i): list(range(i % 7, 50, 1 + i % 3)) for i in range(64)}
+    masked = sample(logits, rows, logits_processors=[Unsure(allowed)])
+    tried = Mask(allowed)
+    assert sample(logits, rows, logits_processors=[tried]) == masked
+    assert all(token in allowed[str(i)] for i, token in enumerate(masked))
+    num_masked = sum(len(names) for names in tried.seen)
+    assert num_masked == 64 if "top_p" in options else 0 < num_masked < 50
 
 
 def test_processors_run_in_order_after_biases_and_before_penalties():

@@ -239,6 +239,7 @@ def test_only_vanishing_temperatures_are_greedy(temperature, greedy):
         {"logit_bias": {1: 1}},
         {"allowed_token_ids": [1]},
         {"bad_words_token_ids": [[1]]},
+        {"structured_outputs": {"regex": "a"}},
     ],
 )
 def test_argmax_suffices_only_for_plain_greedy_requests(option):

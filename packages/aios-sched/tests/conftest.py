@@ -21,7 +21,7 @@ from aios_kvcache.tiers import PageTiers
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import SampledToken
 from aios_sched.config import SchedulerConfig
-from aios_sched.output import StepResult
+from aios_sched.output import PENDING_TOKEN, StepResult
 from aios_sched.planner import StepPlanner
 from aios_sched.policy.registry import make_policy
 from aios_sched.request import Request
@@ -66,14 +66,18 @@ class PageStoreRunner:
         self.num_moved = 0
         self.num_executed = 0
         self.forgotten = []
+        self.newest = {}  # the token that each request's newest row sampled, for rows that were planned ahead
 
     def execute(self, output):
         self.num_executed += 1
         self.forgotten += output.finished_request_ids
+        for request_id in output.finished_request_ids:
+            self.newest.pop(request_id, None)
         self.move(output)
         self.copy_blocks(output.block_copies)
         self.write(output)
         sampled = {row.request_id: self.sample(row) for row in output.requests if row.sampling}
+        self.newest |= {request_id: token.token_id for request_id, token in sampled.items()}
         numbers = range(output.first_swap, output.first_swap + len(output.swaps))
         return StepResult(sampled=sampled, lost_swaps=tuple(number for number in numbers if number in self.lost))
 
@@ -115,7 +119,7 @@ class PageStoreRunner:
                 slot = self.slot(row, position)
                 assert slot not in written, f"slot {slot} is written twice in one step"
                 written.add(slot)
-                self.slots[slot] = token_id
+                self.slots[slot] = self.newest.get(row.request_id) if token_id == PENDING_TOKEN else token_id
 
     def sample(self, row):
         end = row.start + len(row.token_ids)
@@ -190,7 +194,8 @@ class Workload:
             enable_chunked_prefill=self.chunked,
             watermark=rng.choice([0, 0, 0.01, 0.2]),
             expected_output=random.Random(seed + 1).choice(["estimated", "none"]),
-            max_steps_in_flight=rng.choice([1, 1, 2, 3]),
+            max_steps_in_flight=(steps := rng.choice([1, 1, 2, 3])),
+            schedule_ahead=steps == 1 and random.Random(seed + 2).random() < 0.7,
         )
         # Drawn apart, so that a seed means the same limits and prompts under every policy.
         self.policy_name = policy or random.Random(seed).choice(["fcfs", "priority", "fair", "prefix"])
@@ -244,6 +249,7 @@ class Workload:
             priority=rng.choice(self.priorities),
             tenant=f"tenant {self.num_requests % 3}",
             arrival_time=1e9 + self.num_requests,
+            reads_output=self.num_requests % 5 == 0,
             cache_salt=rng.choice(["", "", "", "tenant"]),
         )
 
@@ -277,7 +283,7 @@ class Driver:
         self.busy = self.random.random() < 0.5  # like an engine: the next step leaves as soon as one returns
         self.in_flight = deque()
         self.requests, self.outputs, self.ended = {}, {}, {}
-        self.num_steps = 0
+        self.num_steps = self.num_rows_ahead = 0
 
     def run(self, num_moves):
         moves = [self.add, self.schedule, self.schedule, self.take_result, self.take_result]
@@ -370,10 +376,23 @@ class Driver:
         for row in rows:
             request = self.requests[row.request_id]
             end = row.start + len(row.token_ids)
+            if row.token_ids == [PENDING_TOKEN]:
+                self.num_rows_ahead += 1
+                self.check_row_ahead(request, row)
+                continue
             assert row.token_ids == request.token_ids[row.start : end] != [], "wrong tokens"
             assert (row.sampling is not None) == (end == request.num_tokens), "samples in the middle"
             if not config.enable_chunked_prefill:
                 assert row.sampling is not None, "a prompt was cut"
+
+    def check_row_ahead(self, request, row):
+        config = self.workload.config
+        assert config.schedule_ahead, "planned ahead without being told to"
+        assert request.num_new_tokens == -1, "not the next token"
+        assert (row.start, row.sampling.position) == (request.num_tokens, request.num_tokens + 1), "wrong place"
+        assert not request.reads_output, "planned ahead of what it reads"
+        assert len(request.output_token_ids) + 1 < request.max_tokens, "planned beyond its last token"
+        assert request.num_tokens + 1 < config.max_model_len, "planned beyond the context"
 
     def check(self):
         self.block_manager.check_invariants()
@@ -389,7 +408,8 @@ class Driver:
                 assert table[first : last + 1] == row.block_table[first : last + 1], "pages in flight were taken away"
         for request_id, request in self.requests.items():
             assert request.num_in_flight_tokens == in_flight[request_id], "miscounted what is in flight"
-            assert request.num_computed_tokens + request.num_in_flight_tokens <= request.num_tokens
+            most = request.num_tokens + self.workload.config.schedule_ahead
+            assert request.num_computed_tokens + request.num_in_flight_tokens <= most
             assert request.token_ids == request.prompt_token_ids + request.output_token_ids, "lost its tokens"
 
     def check_end(self):

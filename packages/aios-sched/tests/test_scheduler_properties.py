@@ -33,6 +33,8 @@ def test_the_driver_reaches_what_it_claims_to_test(lab):
     assert sum(stats.num_demoted for stats in tiers) > 200
     assert sum(stats.num_lost for stats in tiers) > 10
     assert sum(driver.max_steps_in_flight > 1 for driver in drivers) > 10
+    assert sum(driver.num_rows_ahead for driver in drivers) > 300
+    assert sum(driver.scheduler.num_preemptions for driver in drivers if driver.num_rows_ahead) > 10
     reasons = [ended[0] for driver in drivers for ended in driver.ended.values()]
     assert min(map(reasons.count, ("stop", "length", "abort"))) > 50
     assert reasons.count("timeout") > 20
@@ -168,6 +170,12 @@ class IgnoresSeats(StepPlanner):
 def test_a_bug_planted_in_the_planner_is_caught(lab, bug, symptom):
     with pytest.raises(Exception, match=symptom):
         run_many(lab, planner_class=bug)
+
+
+def test_a_row_planned_beyond_the_end_is_caught(lab, monkeypatch):
+    monkeypatch.setattr("aios_sched.planner.may_run_ahead", lambda request, *, max_model_len: True)
+    with pytest.raises(AssertionError, match=r"planned beyond|planned ahead of what it reads"):
+        run_many(lab)
 
 
 class HandsOutAPageTwice(BlockManager):

@@ -68,3 +68,8 @@ def test_length_ends_even_when_min_tokens_hides_the_stop_token(stop_after):
 def test_full_context_ends_by_length(stop_after):
     assert stop_after([5], max_tokens=None, max_model_len=5) is None
     assert stop_after([5, 5], max_tokens=None, max_model_len=5) == Stop(reason="length")
+
+
+def test_a_complete_form_ends_before_min_tokens(stop_after):
+    """The sampler draws a stop token that early only where the form leaves nothing else."""
+    assert stop_after([5, EOS], min_tokens=2, structured_outputs={"regex": "a"}) == Stop(reason="stop")

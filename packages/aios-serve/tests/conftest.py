@@ -15,6 +15,7 @@ import pytest
 from aios_model.errors import ChatTemplateError
 from aios_model.generation_config import GenerationDefaults
 from aios_model.sampling.params import SamplingParams
+from aios_model.sampling.structured import StructuredOutputsParams
 from aios_sched.stats import EngineStats
 from aios_serve.admission import AdmissionLimits
 from aios_serve.app import create_app
@@ -126,6 +127,8 @@ class ScriptedEngine:
     load_error: Exception | None = None
     num_restarts: int = 0
     num_moved_requests: int = 0
+    checked: list[StructuredOutputsParams | None] = field(default_factory=list)
+    grammar_error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
@@ -226,6 +229,11 @@ class ScriptedEngine:
             vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, max_logprobs=self.config.max_logprobs
         )
         limits.check(prompt_token_ids, params)
+
+    async def check_structured_outputs(self, params: SamplingParams) -> None:
+        self.checked.append(params.structured_outputs)
+        if self.grammar_error is not None:
+            raise self.grammar_error
 
     async def generate(
         self,

@@ -157,6 +157,17 @@ def test_streams_and_batches_may_be_interleaved(engine):
     assert_idle(engine)
 
 
+def test_pages_can_be_watched(engine):
+    with engine.record_pages(max_events=50) as recorder:
+        engine.generate([[5] * 40, [5] * 40], SamplingParams(max_tokens=4))
+    states = recorder.trace().at(recorder.num_events)
+    assert recorder.num_events > 0
+    assert not any(states.owners)
+    num_events = recorder.num_events
+    engine.generate("again")
+    assert recorder.num_events == num_events
+
+
 def test_leaving_a_stream_early_frees_its_pages(engine):
     stream = engine.stream("ab", SamplingParams(max_tokens=100))
     next(stream)

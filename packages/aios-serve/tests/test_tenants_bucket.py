@@ -150,6 +150,8 @@ def test_a_visit_settles_what_it_did_not_use(clock):
     one = Visit(account)
     one.enter()
     one.reserve(num_prompt_tokens=10, max_tokens=20, num_choices=3)
+    assert (account.tokens.available, account.tokens.held) == (30, 70)
+    one.note_start()
     assert (account.num_running, account.tokens.available, account.tokens.held) == (3, 30, 60)
     clock.now += 0.3
     one.note_tokens(5, prompt_index=0, num_cached_tokens=8)
@@ -189,6 +191,7 @@ def test_what_fits_later_is_429_with_the_numbers(clock):
     first.enter()
     second.enter()
     first.reserve(num_prompt_tokens=500, max_tokens=40, num_choices=1)
+    first.note_start()
     with pytest.raises(ApiError, match="limit 600, left 60, 40 held for requests that run, asked for 90") as caught:
         second.reserve(num_prompt_tokens=80, max_tokens=10, num_choices=1)
     assert caught.value.headers["Retry-After"] == "3"
@@ -202,6 +205,7 @@ def test_new_terms_keep_what_was_taken_and_let_open_requests_end(clock):
     one = Visit(account)
     one.enter()
     one.reserve(num_prompt_tokens=10, max_tokens=50, num_choices=1)
+    one.note_start()
     account.adopt(Tenant(name="a", tokens_per_minute=60))
     assert account.requests is None
     assert account.tokens.available == 10  # 60 fit, 50 are held
@@ -210,6 +214,19 @@ def test_new_terms_keep_what_was_taken_and_let_open_requests_end(clock):
     one.leave("success")
     assert account.tokens is None
     assert account.num_running == 0
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_what_the_server_had_no_room_for_costs_nothing(clock, starts):
+    account = TenantAccount(Tenant(name="a", tokens_per_minute=100, requests_per_minute=5), clock=clock)
+    one = Visit(account)
+    one.enter()
+    one.reserve(num_prompt_tokens=10, max_tokens=50, num_choices=1)
+    if starts:
+        one.note_start()
+    one.leave("unavailable")
+    assert (account.requests.available, account.tokens.available, account.tokens.held) == (5, 100, 0)
+    assert (account.num_prompt_tokens, account.num_running) == (0, 0)
 
 
 def test_an_answer_of_unsaid_length_gets_what_a_minute_leaves(clock):

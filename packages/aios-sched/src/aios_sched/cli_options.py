@@ -207,3 +207,26 @@ TimelinePlot = Annotated[
     Path | None,
     typer.Option(rich_help_panel=OUTPUT, metavar="FILE", help="With --timeline: its beginning as SVG."),
 ]
+PageMap = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=OUTPUT,
+        metavar="FILE",
+        help="Whose each page was over time as SVG; of a fleet the first engine's.",
+    ),
+]
+PageTraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--page-trace",
+        rich_help_panel=OUTPUT,
+        metavar="FILE",
+        help="What happened to pages, event by event (JSON lines); of a fleet in the first engine.",
+    ),
+]
+PageEvents = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=OUTPUT, min=1, help="With --page-map or --page-trace: show the last so many events of pages."
+    ),
+]

@@ -53,6 +53,7 @@ class Request:
         deadline: In seconds of `time.monotonic()`: unfinished then, it ends with finish_reason "timeout"; None waits
             as long as it takes.
         cache_salt: Only requests with the same salt share cached pages.
+        reads_output: Whether a logits processor looks at the tokens that were drawn: then it is never planned ahead.
 
     Attributes:
         token_ids: Prompt and output, in one list. Kept through preemption: outputs are never sampled twice.
@@ -66,6 +67,7 @@ class Request:
         rank: Given by the policy; with the order of arrival it says who is more important. Lower is more.
         num_preemptions: How often it lost its pages.
         has_lost_pages: Whether a page did not come back from a tier: once no step is on its way, it starts over.
+        reads_output: Whether the next draw needs the tokens drawn so far on the host, for that or for a penalty.
         use_tiers: Whether to look for its pages below the pool; not again after it lost some there.
         finish_reason: "stop", "length", "abort", "error" or "timeout" once finished.
         stop_reason: The id of `params.stop_token_ids` that ended it; None for end-of-sequence and other reasons.
@@ -92,6 +94,7 @@ class Request:
         "priority",
         "prompt_token_ids",
         "rank",
+        "reads_output",
         "request_id",
         "seed",
         "status",
@@ -117,6 +120,7 @@ class Request:
         tenant: str = DEFAULT_TENANT,
         tenant_weight: float = 1.0,
         deadline: float | None = None,
+        reads_output: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = list(prompt_token_ids)
@@ -129,6 +133,7 @@ class Request:
         self.tenant = tenant
         self.tenant_weight = tenant_weight
         self.deadline = deadline
+        self.reads_output = reads_output or params.reads_output
         # Told to ignore the end of sequence, the model may write it like any other token.
         self.stop_token_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
 
@@ -157,7 +162,10 @@ class Request:
 
     @property
     def num_new_tokens(self) -> int:
-        """Known tokens that are neither computed nor being computed: what a step may take."""
+        """Known tokens that are neither computed nor being computed: what a step may take.
+
+        -1 while a token is being computed that is not known here, see `ahead.py`.
+        """
         return len(self.token_ids) - self.num_computed_tokens - self.num_in_flight_tokens
 
     def append_token(self, token_id: int) -> None:

@@ -6,6 +6,9 @@ promises, which property-based tests put to the proof:
 - *Several steps may be in flight.* Tokens in flight are not scheduled again; a request whose next token is unknown
   waits; the pages of a request in flight stay where they are, even if it is aborted, until its last step has returned.
 - *A step can be undone.* `rollback` restores the counters, and the step's tokens are scheduled again.
+
+A request may be one token ahead of what is known of it (`ahead.py`). If that token turns out to have been its last, the
+row behind it is that of a finished request, as of one aborted in flight: ignored, and no page of it is published.
 """
 
 from __future__ import annotations

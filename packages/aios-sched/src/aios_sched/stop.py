@@ -27,11 +27,14 @@ def check_stop(request: Request, *, max_model_len: int) -> Stop | None:
 
     A stop token is looked at first: met on the last token allowed, it is still a "stop". It counts once `min_tokens`
     tokens stand before it; until then the sampler does not draw it, unless `allowed_token_ids` leaves nothing else.
+    Where the output has a form to keep, nothing else is left only if it is complete: then the stop token wins.
     """
     output = request.output_token_ids
     token_id = output[-1]
-    if token_id in request.stop_token_ids and len(output) > request.params.min_tokens:
-        is_eos = token_id in request.eos_token_ids and not request.params.ignore_eos
+    params = request.params
+    counts = len(output) > params.min_tokens or params.structured_outputs is not None
+    if counts and token_id in request.stop_token_ids:
+        is_eos = token_id in request.eos_token_ids and not params.ignore_eos
         return Stop(reason="stop", token_id=None if is_eos else token_id)
     if len(output) == request.max_tokens or len(request.token_ids) >= max_model_len:
         return Stop(reason="length")

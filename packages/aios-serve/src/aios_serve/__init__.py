@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aios_model.sampling.params import SamplingParams as SamplingParams
+    from aios_model.sampling.structured import StructuredOutputsParams as StructuredOutputsParams
     from aios_serve.async_engine import AsyncEngine as AsyncEngine
     from aios_serve.config import EngineConfig as EngineConfig
     from aios_serve.engine import InferenceEngine as InferenceEngine
@@ -28,6 +29,7 @@ _MODULES = {
     # generate
     "InferenceEngine": "aios_serve.engine",
     "SamplingParams": "aios_model.sampling.params",
+    "StructuredOutputsParams": "aios_model.sampling.structured",
     "RequestOutput": "aios_serve.outputs",
     "CompletionOutput": "aios_serve.outputs",
     "RequestDelta": "aios_serve.outputs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aios_kvcache.block_manager import BlockManager
 from aios_kvcache.sizing import PoolPlan
@@ -23,6 +24,9 @@ from aios_sched.scheduler import Scheduler
 from aios_serve.config import EngineConfig
 from aios_serve.engine_port import EnginePort, StepTokenCounter
 from aios_serve.model_info import EngineInfo
+
+if TYPE_CHECKING:
+    from aios_serve.engine_port import Prepare
 
 CPU_STEP_TOKENS = 256
 DEVICE_STEP_TOKENS = 2048
@@ -56,10 +60,11 @@ def assemble(
     executor: Executor,
     *,
     tiers: PageTiers | None = None,
+    prepare: Prepare | None = None,
 ) -> EnginePort:
     """The engine that plans steps within `limits` over the pages of `plan`, and has `executor` run them.
 
-    `tiers` are the books of what lies below the pool.
+    `tiers` are the books of what lies below the pool; `prepare` is for the port.
     """
     block_manager = BlockManager(
         num_blocks=plan.num_blocks,
@@ -80,6 +85,7 @@ def assemble(
         step_tokens=step_tokens,
         reset_prefix_cache=block_manager.reset_prefix_cache,
         request_timeout=config.request_timeout,
+        prepare=prepare,
     )
 
 
@@ -109,8 +115,18 @@ def tier_books(config: EngineConfig, plan: TierPlan | None, transfers: Sequence[
     return PageTiers(num_host_pages=plan.num_host_pages, num_disk_pages=plan.num_disk_pages, costs=costs)
 
 
-def scheduler_config(config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_stages: int = 1) -> SchedulerConfig:
-    """The limits that `config` asks for, or that suit the device."""
+def scheduler_config(
+    config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_stages: int = 1, schedule_ahead: bool = False
+) -> SchedulerConfig:
+    """The limits that `config` asks for, or that suit the device.
+
+    Args:
+        config: The options.
+        plan: The pool.
+        on_cpu: Whether the model computes on one.
+        num_stages: Stages of the pipeline.
+        schedule_ahead: Whether steps are launched before the one before them has returned.
+    """
     budget = config.max_num_batched_tokens
     if budget is None:
         budget = CPU_STEP_TOKENS if on_cpu else DEVICE_STEP_TOKENS
@@ -122,6 +138,7 @@ def scheduler_config(config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_
         enable_chunked_prefill=config.enable_chunked_prefill,
         max_num_queued=config.max_num_queued_reqs,
         max_steps_in_flight=num_stages,
+        schedule_ahead=schedule_ahead,
     )
 
 

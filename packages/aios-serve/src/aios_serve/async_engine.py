@@ -18,6 +18,7 @@ from aios_serve.replica_config import replica_environment
 from aios_serve.replica_set import ReplicaSet
 from aios_serve.request_desk import RequestDesk
 from aios_serve.served_model import ServedModel, find_model
+from aios_serve.structured.checker import GrammarChecker, check_can_end
 from aios_serve.supervisor import EngineState, EngineSupervisor
 
 if TYPE_CHECKING:
@@ -79,6 +80,9 @@ class AsyncEngine:
         router = Router(ROUTING_POLICIES[policy])
         self._dispatcher = Dispatcher(router, self.replicas, wait_seconds=wait_seconds)
         self._desk: RequestDesk | None = None
+        self._grammars = GrammarChecker(
+            lambda: self._replicas.model.vocabulary(), timeout=config.structured_outputs_timeout
+        )
         self._listeners: list[EngineListener] = []
 
     @property
@@ -193,6 +197,19 @@ class AsyncEngine:
         """
         self._admit(prompt_token_ids, params)
 
+    async def check_structured_outputs(self, params: SamplingParams) -> None:
+        """Wait until it is known that the output can be given the form that `params` ask for.
+
+        `generate()` does so too; a route that asks first can refuse before it answers.
+
+        Raises:
+            InvalidRequestError: it cannot; `param` names the field to blame.
+            QueueFullError: too many wait for the same.
+        """
+        if params.structured_outputs is not None:
+            check_can_end(params, self._replicas.model.eos_token_ids)
+            await self._grammars.check_soon(params.structured_outputs)
+
     async def generate(
         self,
         prompt_token_ids: Sequence[int],
@@ -217,7 +234,8 @@ class AsyncEngine:
         `config.tenant_weights` lists the tenants.
 
         Raises, at the first `anext`:
-            InvalidRequestError, EngineUnavailableError, QueueFullError: as `check_request`.
+            InvalidRequestError, EngineUnavailableError, QueueFullError: as `check_request` and
+                `check_structured_outputs`.
             InvalidRequestError: also, if the scheduling policy knows no such priority or `tenant`.
             QueueFullError: also, before any delta, if the engine's own queue refused it.
 
@@ -226,6 +244,7 @@ class AsyncEngine:
             EngineRestartingError, EngineDeadError: the engine died, for now or for good.
         """
         params = self._admit(prompt_token_ids, params)
+        await self.check_structured_outputs(params)
         stream = self._requests.stream(
             prompt_token_ids,
             params,
@@ -262,6 +281,7 @@ class AsyncEngine:
 
     async def shutdown(self) -> None:
         """End at once, in any state: open requests raise EngineDeadError, engines are told to leave, then made to."""
+        self._grammars.close()
         self._dispatcher.stop_moving()
         await self._replicas.shutdown()
 

@@ -11,16 +11,21 @@ import time
 from aios_kvcache.sizing import PoolPlan
 from aios_model.host_memory import return_freed_memory
 from aios_model.model import weight_bytes
+from aios_model.sampling.device_sampler import DeviceSampler
+from aios_model.transfers import is_asynchronous
 from aios_model.weights.hub import ModelFiles
 from aios_parallel.expert_load import ExpertCounter
 from aios_sched.config import SchedulerConfig
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
+from aios_sched.overlapped_executor import OverlappedExecutor
 from aios_serve.assembly import BuiltEngine, assemble, caches_prefixes, scheduler_config, tier_books, tier_plan
 from aios_serve.config import EngineConfig
 from aios_serve.model_info import EngineInfo, with_tiers
 from aios_serve.model_part import ModelPart, Progress
-from aios_serve.served_model import find_model
+from aios_serve.served_model import find_model, served_vocabulary
+from aios_serve.structured.processor import GrammarProcessor
+from aios_serve.structured.store import GrammarStore
 
 
 def build_engine(config: EngineConfig, *, progress: Progress | None = None, import_seconds: float = 0.0) -> BuiltEngine:
@@ -42,14 +47,22 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     part = ModelPart.load(config, files, progress=report)
     report("reserving the pool of pages", None)
     plan = part.plan()
-    limits = scheduler_config(config, plan, on_cpu=part.decoder.device.type == "cpu")
-    model, pages, sampler = part.build(plan)
+    device = part.decoder.device
+    overlaps = is_asynchronous(device)
+    limits = scheduler_config(config, plan, on_cpu=device.type == "cpu", schedule_ahead=overlaps)
+    width = part.decoder.config.vocab_size
+    grammars = GrammarStore(lambda: served_vocabulary(config, files))
+    processors = [GrammarProcessor(grammars, vocab_size=width)]
+    model, pages, sampler = part.build(plan, logits_processors=processors)
     tiers = tier_plan(config, page_bytes=plan.page_bytes)
     mover = None if tiers is None else part.open_tiers(pages, tiers)
-    executor = LocalExecutor(ModelRunner(model, pages, sampler, mover=mover))
+    if overlaps:
+        sampler = DeviceSampler(vocab_size=width, device=device, logits_processors=processors)
+    runner = ModelRunner(model, pages, sampler, mover=mover)
+    executor = OverlappedExecutor(runner) if overlaps else LocalExecutor(runner)
     return_freed_memory()
     books = tier_books(config, tiers, [] if mover is None else [mover.measure()])
-    port = assemble(config, plan, limits, executor, tiers=books)
+    port = assemble(config, plan, limits, executor, tiers=books, prepare=grammars.prepare)
     load_seconds = time.perf_counter() - started
     info = describe(config, files, part, plan, limits, import_seconds=import_seconds, load_seconds=load_seconds)
     info = with_tiers(info, tiers)

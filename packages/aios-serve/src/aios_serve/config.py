@@ -71,6 +71,7 @@ class EngineConfig:
             ("recompute"); "auto" does what was measured to be faster. Only with kv_offloading_size.
         max_num_queued_reqs: Requests that may wait before more are refused; None means any number.
         max_logprobs: Most alternatives per token a request may ask for.
+        structured_outputs_timeout: Seconds that a schema, expression or grammar may take to compile.
         served_model_name: Names that requests may use, the first of them in answers; empty uses the checkpoint's name.
         generation_config: "auto" takes sampling defaults from the model, "none" takes none of them (vLLM's word "vllm"
             is accepted), a folder takes its generation_config.json.
@@ -132,6 +133,7 @@ class EngineConfig:
     preemption_mode: PreemptionMode = "auto"
     max_num_queued_reqs: int | None = 1024
     max_logprobs: int = 20
+    structured_outputs_timeout: float = 5.0
     served_model_name: tuple[str, ...] = ()
     generation_config: str = "auto"
     chat_template: str | None = None
@@ -253,7 +255,13 @@ class EngineConfig:
             raise _bad("device_memory_utilization", share, "it is a share above 0 and up to 1, such as 0.9")
         if not 0 <= self.cpu_offload_gb < float("inf"):
             raise _bad("cpu_offload_gb", self.cpu_offload_gb, "it is a number of GiB from 0, such as 4")
-        for name in ("heartbeat_timeout", "rank_timeout", "request_timeout", "priority_aging_seconds"):
+        for name in (
+            "heartbeat_timeout",
+            "rank_timeout",
+            "request_timeout",
+            "priority_aging_seconds",
+            "structured_outputs_timeout",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise _bad(name, value, "it must be a positive number of seconds")

@@ -24,10 +24,12 @@ from aios_serve.offline_inputs import CheckedPrompt, as_conversations, as_prompt
 from aios_serve.output_processor import OutputProcessor
 from aios_serve.progress_bar import generation_progress
 from aios_serve.served_model import ServedModel
+from aios_serve.structured.checker import GrammarChecker, check_can_end
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from aios_kvcache.page_recorder import PageRecorder
     from aios_model.generation_config import GenerationDefaults
     from aios_model.tokenizer.tokenizer import Tokenizer
     from aios_parallel.expert_load import ExpertLoad
@@ -81,6 +83,7 @@ class InferenceEngine:
         self._served = served
         self._limits = AdmissionLimits.of(built.info, max_logprobs=config.max_logprobs)
         self._processor = OutputProcessor(served.tokenizer, eos_token_ids=served.eos_token_ids, seed=config.seed)
+        self._grammars = GrammarChecker(served.vocabulary, timeout=config.structured_outputs_timeout)
         self._sinks: dict[str, _Sink] = {}
         self._closed = False
 
@@ -107,6 +110,21 @@ class InferenceEngine:
     def stats(self) -> EngineStats:
         """The engine's counters."""
         return self._port.stats()
+
+    def record_pages(self, *, max_events: int = 100_000) -> PageRecorder:
+        """Remembers what happens to KV pages from now on: who takes and shares them, what is found and evicted.
+
+            with engine.record_pages() as recorder:
+                engine.generate(prompts)
+            recorder.trace().write(Path("pages.jsonl"))
+
+        Args:
+            max_events: How many events to remember, the last ones; a few hundred bytes each.
+
+        Raises:
+            ConfigError: `max_events` is below 1.
+        """
+        return self._port.record_pages(max_events=max_events)
 
     def expert_load(self) -> ExpertLoad:
         """How many tokens each expert of a mixture was sent so far; empty for models without experts."""
@@ -181,6 +199,7 @@ class InferenceEngine:
         if not self._closed:
             self._abort(self._processor.open_requests)
             self._closed = True
+            self._grammars.close()
             self._built.close()
 
     def __enter__(self) -> InferenceEngine:
@@ -214,6 +233,9 @@ class InferenceEngine:
             raise InvalidRequestError("the engine is closed; make a new one")
         params = resolve_bad_words(params, self.tokenizer)
         self._limits.check(token_ids, params)
+        if params.structured_outputs is not None:
+            check_can_end(params, self._served.eos_token_ids)
+            self._grammars.check(params.structured_outputs)
         return CheckedPrompt(prompt=prompt, token_ids=list(token_ids), params=params)
 
     def _run(self, checked: Sequence[CheckedPrompt], progress: bool) -> list[RequestOutput]:

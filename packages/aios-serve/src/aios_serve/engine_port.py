@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from aios_kvcache.page_recorder import PageRecorder
 from aios_sched.request import Request
 from aios_serve.messages import ChildOutput, Outputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
 
     from aios_model.sampling.rows import TokenLogprobs
+    from aios_model.sampling.structured import StructuredOutputsParams
     from aios_sched.engine import Engine
     from aios_sched.output import TokenOutput
     from aios_sched.stats import EngineStats, RequestTiming, StepStats
     from aios_serve.messages import AddRequest, ChildRequest
+
+    Prepare: TypeAlias = Callable[[StructuredOutputsParams], Future[None] | None]
 
 
 class EnginePort:
@@ -25,6 +30,8 @@ class EnginePort:
         step_tokens: Listens to it.
         reset_prefix_cache: Forgets cached prefixes; False if pages of them are in use.
         request_timeout: Seconds from its arrival after which any request ends; None never.
+        prepare: Begins to compile what a request's output must look like; None once that is done. Without it,
+            constraints are compiled in the step that needs them first.
     """
 
     def __init__(
@@ -34,17 +41,31 @@ class EnginePort:
         step_tokens: StepTokenCounter,
         reset_prefix_cache: Callable[[], bool],
         request_timeout: float | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
         self._engine = engine
         self._step_tokens = step_tokens
         self._reset_prefix_cache = reset_prefix_cache
         self._request_timeout = request_timeout
+        self._prepare = prepare
         self._silent: dict[str, Request] = {}  # requests without an output so far
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.has_unfinished
+
+    def record_pages(self, *, max_events: int) -> PageRecorder:
+        """Remembers what happens to KV pages from now on, the last `max_events` events."""
+        return PageRecorder(self._engine.block_manager, max_events=max_events)
+
+    def prepare(self, message: AddRequest) -> Future[None] | None:
+        """Begins what should be done before a request is added; None if nothing is.
+
+        The future holds an InvalidRequestError if the request cannot be honoured.
+        """
+        constraint = message.params.structured_outputs
+        return None if constraint is None or self._prepare is None else self._prepare(constraint)
 
     def add(self, message: AddRequest) -> None:
         """Queue every choice of a request.

@@ -32,6 +32,10 @@ class Meter(Protocol):
         """Set aside what the job may take at most; ApiError if that is more than there is."""
         ...
 
+    def note_start(self) -> None:
+        """The engine is given the prompts."""
+        ...
+
     def note_tokens(self, num_tokens: int, *, prompt_index: int, num_cached_tokens: int) -> None:
         """A choice gained tokens; of its prompt, that many were cached."""
         ...
@@ -87,6 +91,8 @@ class GenerationJob:
 
     async def run(self, engine: AsyncEngine) -> AsyncGenerator[ChoiceDelta]:
         """Generate, yielding what choices gain as they gain it. Closing the generator aborts what still runs."""
+        if self.meter is not None:
+            self.meter.note_start()
         try:
             async with aclosing(self._run(engine)) as deltas:
                 async for delta in deltas:

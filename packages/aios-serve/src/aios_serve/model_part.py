@@ -20,7 +20,7 @@ from aios_model.decoder import DecoderModel
 from aios_model.errors import ConfigError
 from aios_model.model import ModelTransform, load_decoder, resolve_device, resolve_dtype
 from aios_model.native.cores import usable_cores
-from aios_model.sampling.sampler import Sampler
+from aios_model.sampling.sampler import LogitsProcessor, Sampler
 from aios_model.weights.hub import ModelFiles
 from aios_parallel.offload.device import StreamingDevice, streaming_device
 from aios_parallel.offload.weights import OffloadedWeights, WeightOffload
@@ -44,6 +44,7 @@ class ModelPart:
 
     Attributes:
         config: The options.
+        files: Where the checkpoint is.
         decoder: The network, or what of it this process holds.
         backend: What computes.
         num_neighbours: Processes that share this host's memory, this one included.
@@ -51,6 +52,7 @@ class ModelPart:
     """
 
     config: EngineConfig
+    files: ModelFiles
     decoder: DecoderModel
     backend: Backend
     num_neighbours: int = 1
@@ -102,6 +104,7 @@ class ModelPart:
         )
         return cls(
             config=config,
+            files=files,
             decoder=decoder,
             backend=backend,
             num_neighbours=num_neighbours,
@@ -128,15 +131,27 @@ class ModelPart:
             available_bytes=self._available_bytes(),
         )
 
-    def build(self, plan: PoolPlan, reduce: StepReduction | None = None) -> tuple[StepModel, Pages, Sampler]:
+    def build(
+        self,
+        plan: PoolPlan,
+        reduce: StepReduction | None = None,
+        *,
+        logits_processors: Sequence[LogitsProcessor] = (),
+    ) -> tuple[StepModel, Pages, Sampler]:
         """What a runner needs: the model, its pages, the sampler.
 
         Args:
             plan: How many pages.
             reduce: Adds up the partial sums of a tensor-parallel group in native steps; the modules do so by hooks.
+            logits_processors: What the sampler is to run.
         """
         decoder, backend = self.decoder, self.backend
-        sampler = Sampler(vocab_size=decoder.config.vocab_size, device=decoder.device, pool=backend.pool)
+        sampler = Sampler(
+            vocab_size=decoder.config.vocab_size,
+            device=decoder.device,
+            logits_processors=logits_processors,
+            pool=backend.pool,
+        )
         if backend.pool is None or backend.kv_dtype is None or not backend.native_pages:
             cache = PagedKVCache(
                 decoder.local_config,

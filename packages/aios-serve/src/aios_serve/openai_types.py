@@ -33,6 +33,56 @@ class StreamOptions(ApiModel):
     continuous_usage_stats: bool | None = None
 
 
+class JsonSchemaFormat(ApiModel):
+    """The schema of a `response_format`; `strict` changes nothing, for the schema is always kept to."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(ApiModel):
+    """What the output must look like, in OpenAI's words."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_where_it_belongs(self) -> ResponseFormat:
+        if self.type == "json_schema" and (self.json_schema is None or self.json_schema.schema_ is None):
+            raise ValueError("type json_schema needs json_schema: {name, schema}")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema is given together with type {self.type}; write type: json_schema")
+        return self
+
+
+_UNKNOWN_CONSTRAINTS = {
+    "structural_tag": "structural tags are not supported; write a grammar",
+    "whitespace_pattern": "one space may follow a comma or a colon, and none is allowed elsewhere",
+    "disable_additional_properties": 'write "additionalProperties": false into the schema',
+}
+
+
+class StructuredOutputs(ApiModel):
+    """What the output must look like, in vLLM's words. Checked where it is defined: in `StructuredOutputsParams`."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Words | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_ignored(cls, value: object) -> object:
+        for name, reason in _UNKNOWN_CONSTRAINTS.items():
+            if isinstance(value, dict) and value.get(name) not in (None, False):
+                raise ValueError(f"{name} cannot be honoured: {reason}")
+        return value
+
+
 def _stop_list(value: object) -> object:
     """One stop string becomes a list of one."""
     return [value] if isinstance(value, str) else value
@@ -64,6 +114,8 @@ class SamplingFields(ApiModel):
     allowed_token_ids: TokenIds | None = None
     bad_words: Words | None = None
     skip_special_tokens: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Int64 | None = None

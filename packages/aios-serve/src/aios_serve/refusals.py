@@ -25,7 +25,7 @@ class Refusal:
     harmless: tuple[object, ...] = ()
 
 
-_STRUCTURED = "constrained output is not supported yet; ask for the format in the prompt"
+_GUIDED = "it has gone from vLLM, too; write structured_outputs: {{{0!r}: ...}}"
 _TOOLS = "tool calling is not supported yet; leave it out"
 _MULTIMODAL = "this server reads and writes text only"
 _PROMPT_LOGPROBS = "log-probabilities of prompt tokens are not supported yet"
@@ -36,12 +36,11 @@ _GENERATION: Mapping[str, Refusal] = {
     "logprob_token_ids": Refusal("log-probabilities of chosen ids are not supported; use top_logprobs"),
     "use_beam_search": Refusal(_BEAM, (False,)),
     "length_penalty": Refusal(_BEAM, (1, 1.0)),
-    "response_format": Refusal(_STRUCTURED, ({"type": "text"},)),
-    "structured_outputs": Refusal(_STRUCTURED, ({},)),
-    "guided_json": Refusal(_STRUCTURED),
-    "guided_regex": Refusal(_STRUCTURED),
-    "guided_choice": Refusal(_STRUCTURED),
-    "guided_grammar": Refusal(_STRUCTURED),
+    "guided_json": Refusal(_GUIDED.format("json")),
+    "guided_regex": Refusal(_GUIDED.format("regex")),
+    "guided_choice": Refusal(_GUIDED.format("choice")),
+    "guided_grammar": Refusal(_GUIDED.format("grammar")),
+    "guided_whitespace_pattern": Refusal("one space may follow a comma or a colon, and none is allowed elsewhere"),
     "logits_processors": Refusal("code in requests is never run", ([],)),
     "prompt_embeds": Refusal("prompts are text or token ids"),
     "kv_transfer_params": Refusal("moving KV pages between servers is not supported", ({},)),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from aios_model.sampling.params import SamplingParams
+from aios_serve.structured_request import structured_outputs_of
 
 if TYPE_CHECKING:
     from aios_model.generation_config import GenerationDefaults
@@ -68,4 +69,5 @@ def _params(
 ) -> SamplingParams:
     """What the request says, else what the model's generation_config says, else what the API says."""
     given = {name: getattr(body, name) for name in _FIELDS}
+    given["structured_outputs"] = structured_outputs_of(body)
     return SamplingParams.from_optional({**given, "max_tokens": max_tokens, "logprobs": logprobs}, defaults=defaults)

@@ -12,6 +12,7 @@ from aios_model.generation_config import GenerationDefaults
 from aios_model.tokenizer.tokenizer import Tokenizer
 from aios_model.weights.hub import resolve_model
 from aios_serve.launching import resolve_executor
+from aios_serve.structured.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from aios_model.config import ModelConfig
@@ -39,6 +40,10 @@ class ServedModel:
     generation_defaults: GenerationDefaults
     eos_token_ids: tuple[int, ...]
 
+    def vocabulary(self) -> Vocabulary:
+        """The tokens, as constraints on outputs see them."""
+        return Vocabulary.of(self.tokenizer, eos_token_ids=self.eos_token_ids, vocab_size=self.config.vocab_size)
+
     @classmethod
     def read(cls, config: EngineConfig, files: ModelFiles) -> ServedModel:
         """Read everything but the weights.
@@ -63,6 +68,11 @@ def find_model(config: EngineConfig) -> ModelFiles:
     return resolve_model(
         config.model, revision=config.revision, download_dir=config.download_dir, load_format=config.load_format
     )
+
+
+def served_vocabulary(config: EngineConfig, files: ModelFiles) -> Vocabulary:
+    """The tokens of the model in `files`, as constraints on outputs see them; takes a fraction of a second."""
+    return ServedModel.read(config, files).vocabulary()
 
 
 def local_config(config: EngineConfig, files: ModelFiles) -> EngineConfig:

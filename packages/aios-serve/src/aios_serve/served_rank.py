@@ -28,7 +28,9 @@ from aios_serve.assembly import scheduler_config
 from aios_serve.build import describe
 from aios_serve.config import EngineConfig
 from aios_serve.model_part import ModelPart, Progress, default_threads
-from aios_serve.served_model import find_model
+from aios_serve.served_model import find_model, served_vocabulary
+from aios_serve.structured.processor import GrammarProcessor
+from aios_serve.structured.store import GrammarStore
 
 if TYPE_CHECKING:
     from aios_model.model import ModelTransform
@@ -166,7 +168,11 @@ class ServedRank:
         reduce: StepReduction | None = None
         if tensor.size > 1:
             reduce = tensor.native_reduce or PythonReduction(tensor.all_reduce)
-        model, pages, sampler = self._part.build(PoolPlan(**plan), reduce)
+        config, files = self._member.config, self._part.files
+        grammars = GrammarStore(lambda: served_vocabulary(config, files))
+        width = decoder.config.vocab_size
+        processor = GrammarProcessor(grammars, vocab_size=width)
+        model, pages, sampler = self._part.build(PoolPlan(**plan), reduce, logits_processors=[processor])
         if isinstance(model, NativeDecoder):
             self._native = model
         for layer in decoder.layers:

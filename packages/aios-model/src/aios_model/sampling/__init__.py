@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aios_model.sampling.bad_words import resolve_bad_words
+    from aios_model.sampling.device_sampler import DeviceSampler, LaunchedSample
     from aios_model.sampling.drawer import Drawer
     from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError, SamplingError
     from aios_model.sampling.logprobs import token_logprobs
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
     from aios_model.sampling.processors import LogitsProcessor
     from aios_model.sampling.rows import SampledToken, SamplingRow, TokenLogprobs
     from aios_model.sampling.sampler import Sampler
+    from aios_model.sampling.structured import StructuredOutputsParams
 
 __all__ = [
+    "DeviceSampler",
     "Drawer",
+    "LaunchedSample",
     "LogitsProcessor",
     "NoTokenLeftError",
     "NonFiniteLogitsError",
@@ -28,13 +32,16 @@ __all__ = [
     "SamplingError",
     "SamplingParams",
     "SamplingRow",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "resolve_bad_words",
     "token_logprobs",
 ]
 
 _MODULES = {
+    "DeviceSampler": "device_sampler",
     "Drawer": "drawer",
+    "LaunchedSample": "device_sampler",
     "LogitsProcessor": "processors",
     "NoTokenLeftError": "errors",
     "NonFiniteLogitsError": "errors",
@@ -43,6 +50,7 @@ _MODULES = {
     "SamplingError": "errors",
     "SamplingParams": "params",
     "SamplingRow": "rows",
+    "StructuredOutputsParams": "structured",
     "TokenLogprobs": "rows",
     "resolve_bad_words": "bad_words",
     "token_logprobs": "logprobs",

@@ -3,7 +3,8 @@
 AiosError
  └─ SamplingError            no token could be drawn for some requests
      ├─ NonFiniteLogitsError     the model gave NaN or +inf
-     └─ NoTokenLeftError         allowed ids and logits processors together exclude every token
+     ├─ NoTokenLeftError         allowed ids and logits processors together exclude every token
+     └─ NoProcessorError         structured_outputs, and no logits processor that knows what they mean
 """
 
 from __future__ import annotations
@@ -46,5 +47,16 @@ class NoTokenLeftError(SamplingError):
         super().__init__(
             f"no token is left to choose from for request {', '.join(request_ids)}; "
             "allowed_token_ids and the logits processors together exclude the whole vocabulary",
+            request_ids=request_ids,
+        )
+
+
+class NoProcessorError(SamplingError):
+    """Requests ask for structured outputs, and the sampler was built without a processor for them."""
+
+    def __init__(self, request_ids: Sequence[str]) -> None:
+        super().__init__(
+            f"structured_outputs cannot be honoured for request {', '.join(request_ids)}: this sampler was built "
+            "without a logits processor for them; use aios_serve's InferenceEngine or aios-serve",
             request_ids=request_ids,
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from aios_model.errors import InvalidRequestError
 from aios_model.sampling import field_checks as checks
+from aios_model.sampling.structured import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,6 +59,9 @@ class SamplingParams:
         bad_words_token_ids: Token sequences whose last token is banned where the others have just been generated.
         logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
         skip_special_tokens: Leave special tokens out of the text.
+        structured_outputs: What the output must look like; a mapping of its fields is accepted. Once it is complete
+            only tokens that end the generation are drawn, even before min_tokens; with ignore_eos the end-of-sequence
+            token is repeated up to max_tokens.
 
     Raises:
         InvalidRequestError: A field has the wrong type or is out of range; `param` names it.
@@ -84,6 +88,7 @@ class SamplingParams:
     bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -91,6 +96,8 @@ class SamplingParams:
         self._check_lists()
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             checks.boolean(name, getattr(self, name))
+        if self.structured_outputs is not None:
+            self._set("structured_outputs", StructuredOutputsParams.of(self.structured_outputs))
 
     @classmethod
     def from_optional(cls, given: Mapping[str, Any], *, defaults: GenerationDefaults | None = None) -> Self:
@@ -126,12 +133,22 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         """Whether logits are altered before the draw, leaving aside min_tokens, which ends on its own."""
+        return self.changes_unconstrained_logits or self.structured_outputs is not None
+
+    @property
+    def changes_unconstrained_logits(self) -> bool:
+        """Whether they would be without `structured_outputs`, too."""
         return (
             self.has_penalties
             or self.logit_bias is not None
             or self.allowed_token_ids is not None
             or bool(self.bad_words_token_ids)
         )
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the next draw depends on which tokens were drawn before, beyond what the model makes of them."""
+        return self.has_penalties or bool(self.bad_words_token_ids) or self.structured_outputs is not None
 
     @property
     def needs_only_argmax(self) -> bool:

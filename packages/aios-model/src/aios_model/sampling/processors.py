@@ -17,8 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from aios_model.sampling.bad_words import BadWordMatcher
+from aios_model.sampling.errors import NoProcessorError
 from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import MAX_LOGPROBS
+from aios_model.transfers import upload, upload_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +51,26 @@ class LogitsProcessor(Protocol):
         ...
 
     def __call__(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
-        """Changes `logits_RV` in place, leaving alone rows to which this processor does not apply."""
+        """Changes `logits_RV` in place, leaving alone rows to which this processor does not apply.
+
+        Args:
+            logits_RV: Contiguous float32 or float64 [R, V].
+            rows: The R rows. Several may be of one request, with outputs of different lengths (drafted tokens).
+
+        Raises:
+            SamplingError: Some rows cannot be processed; names their requests.
+        """
+        ...
+
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        """Whether all that it would do to this row's logits is to exclude tokens, and this one not.
+
+        Then a token drawn without it is what would have been drawn with it, and it need not run. False is always right.
+        """
+        ...
+
+    def forget(self, request_id: str) -> None:
+        """Drops what is remembered of a finished request; unknown ids are ignored."""
         ...
 
 
@@ -93,6 +114,30 @@ class LogitsAdjuster:
             or (bool(self._processors) and any(processor.applies_to(row) for processor in self._processors))
         )
 
+    def may_ban(self, row: SamplingRow) -> bool:
+        """Whether bad words or min_tokens may exclude tokens in this step, so that nothing could be left."""
+        return bool(row.params.bad_words_token_ids) or len(row.output_token_ids) < row.params.min_tokens
+
+    def is_only_masked(self, row: SamplingRow) -> bool:
+        """Whether a constraint is all that changes the row's logits, and what it leaves is not cut down further.
+
+        A token drawn from all of them that the constraint accepts is then the one that a mask would have led to: the
+        largest of all is the largest of a part that holds it, with noise or without. A share (top_p) or a number
+        (top_k) of the likeliest, in contrast, depends on which others there are.
+        """
+        params = row.params
+        return (
+            params.structured_outputs is not None
+            and not params.changes_unconstrained_logits
+            and len(row.output_token_ids) >= params.min_tokens
+            and (params.is_greedy or (params.top_p >= 1.0 and params.top_k == 0 and params.min_p == 0.0))
+        )
+
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        """Whether a token that was drawn from the logits as they were may stay; only for rows that are only masked."""
+        concerned = [processor for processor in self._processors if processor.applies_to(row)]
+        return bool(concerned) and all(processor.accepts(row, token_id) for processor in concerned)
+
     def adjust(self, logits_RV: Tensor, rows: Sequence[SamplingRow], *, with_bans: bool = True) -> None:
         """Changes logits in place, in vLLM's order.
 
@@ -112,14 +157,14 @@ class LogitsAdjuster:
         if with_bans:
             self._ban(logits_RV, rows, states)
         self._add_biases(logits_RV, states)
-        for processor in self._processors:
-            if any(processor.applies_to(row) for row in rows):
-                processor(logits_RV, rows)
+        self._process(logits_RV, rows)
         self._penalise(logits_RV, rows, states)
 
     def forget(self, request_id: str) -> None:
         """Drops what is remembered of a request; unknown ids are ignored."""
         self._states.pop(request_id, None)
+        for processor in self._processors:
+            processor.forget(request_id)
 
     @property
     def num_remembered(self) -> int:
@@ -143,7 +188,8 @@ class LogitsAdjuster:
             return
         flat, indices_I = logits_RV.view(-1), self._flat_indices(parts, logits_RV.device)
         allowed_I = flat[indices_I]
-        logits_RV[torch.tensor([index for index, _ in parts], device=logits_RV.device)] = -torch.inf
+        index_P = upload([index for index, _ in parts], dtype=torch.int64, device=logits_RV.device)
+        logits_RV.index_fill_(0, index_P, -torch.inf)
         flat[indices_I] = allowed_I
 
     def _ban(self, logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[_RequestState]) -> None:
@@ -163,6 +209,17 @@ class LogitsAdjuster:
         if parts:
             biases = np.concatenate([state.biases for state in states if state.biases is not None])
             logits_RV.view(-1)[self._flat_indices(parts, logits_RV.device)] += _to_tensor(biases, logits_RV)
+
+    def _process(self, logits_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
+        # What nobody knows how to honour is an error, not a request for anything.
+        unknown = [row.request_id for row in rows if row.params.structured_outputs is not None]
+        for processor in self._processors:
+            affected = {row.request_id for row in rows if processor.applies_to(row)}
+            if affected:
+                processor(logits_RV, rows)
+                unknown = [request_id for request_id in unknown if request_id not in affected]
+        if unknown:
+            raise NoProcessorError(unknown)
 
     def _penalise(self, logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[_RequestState]) -> None:
         """With count c of a token in the output: l = l / r or l * r, then l - frequency * c - presence * (c > 0)."""
@@ -188,8 +245,8 @@ class LogitsAdjuster:
         """Indices of (row, token ids) pairs into the flattened logits, int64 [I]."""
         token_ids = np.concatenate([part for _, part in parts])
         starts = np.repeat([index * self._vocab_size for index, _ in parts], [len(part) for _, part in parts])
-        return torch.from_numpy(token_ids + starts).to(device)
+        return upload_tensor(torch.from_numpy(token_ids + starts), device)
 
 
 def _to_tensor(values: NDArray[np.float64], like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(dtype=like.dtype, device=like.device)
+    return upload_tensor(torch.from_numpy(values).to(like.dtype), like.device)

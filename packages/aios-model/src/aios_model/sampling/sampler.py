@@ -100,14 +100,21 @@ class Sampler:
         return self._adjuster.num_remembered
 
     def _choose(self, logits_SV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-        """Draws for the rows whose logits stay as they are, and from an altered copy for the others."""
+        """Draws for the rows whose logits stay as they are, and from an altered copy for the others.
+
+        Most tokens that a model draws under a constraint are those it would have drawn anyway. They are drawn first and
+        asked about after, which spares them a mask, and a copy of the logits to apply it to.
+        """
         drawer = self._drawer_of(logits_SV)
         adjusted = [index for index, row in enumerate(rows) if self._adjuster.applies_to(row)]
         if not adjusted:
             return drawer.draw(logits_SV, range(len(rows)), rows)
-        untouched = sorted(set(range(len(rows))).difference(adjusted))
+        tried = [index for index in adjusted if self._adjuster.is_only_masked(rows[index])]
+        untouched = sorted(set(range(len(rows))).difference(adjusted).union(tried))
         drawn = drawer.draw(logits_SV, untouched, [rows[index] for index in untouched])
         chosen = dict(zip(untouched, drawn, strict=True))
+        accepted = {index for index in tried if self._adjuster.accepts(rows[index], chosen[index])}
+        adjusted = [index for index in adjusted if index not in accepted]
         for block in self._blocks(adjusted):
             part = [rows[index] for index in block]
             drawn = drawer.draw(self._adjusted(logits_SV, block, part), range(len(part)), part)

@@ -71,4 +71,12 @@ ChatTemplate = Annotated[
     _option("--chat-template", metavar="FILE", help="Jinja template to use instead of the model's."),
 ]
 MaxLogprobs = Annotated[int, _option("--max-logprobs", help="Most alternatives per token that a request may ask for.")]
+StructuredOutputsTimeout = Annotated[
+    float,
+    _option(
+        "--structured-outputs-timeout",
+        metavar="SECONDS",
+        help="Longest that a request's JSON schema, expression or grammar may take to compile.",
+    ),
+]
 Seed = Annotated[int, _option("--seed", help="Seeds requests that bring no seed of their own, and dummy weights.")]

@@ -21,6 +21,7 @@ from aios_serve.sampling_request import chat_params, with_default_max_tokens
 from aios_serve.serving import ServingDep, new_id
 from aios_serve.session_key import session_of
 from aios_serve.streaming import stream_response
+from aios_serve.structured_request import check_structured_outputs
 from aios_serve.tenants.visit import visit_of
 
 router = APIRouter(tags=["generation"])
@@ -55,6 +56,7 @@ async def create_chat_completion(request: Request, serving: ServingDep) -> Respo
     )
     job.check(engine)
     job.reserve()
+    await check_structured_outputs(engine, params, body)
     reply = ChatReply(
         id=job.request_id,
         created=int(time.time()),

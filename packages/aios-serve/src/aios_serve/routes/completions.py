@@ -21,6 +21,7 @@ from aios_serve.sampling_request import COMPLETION_MAX_TOKENS, completion_params
 from aios_serve.serving import ServingDep, new_id
 from aios_serve.session_key import session_of
 from aios_serve.streaming import stream_response
+from aios_serve.structured_request import check_structured_outputs
 from aios_serve.tenants.visit import visit_of
 
 router = APIRouter(tags=["generation"])
@@ -69,6 +70,7 @@ async def create_completion(request: Request, serving: ServingDep) -> Response:
     )
     job.check(engine)
     job.reserve()
+    await check_structured_outputs(engine, params, body)
     reply = CompletionReply(
         id=job.request_id,
         created=int(time.time()),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from aios_serve.tenants.account import TenantAccount
 
 _COUNTERS: dict[str, tuple[str, Callable[[TenantAccount], float]]] = {
-    "prompt_tokens": ("Prompt tokens of admitted requests.", lambda account: account.num_prompt_tokens),
+    "prompt_tokens": ("Prompt tokens of requests that got an answer.", lambda account: account.num_prompt_tokens),
     "cached_tokens": ("Of those, tokens found in the prefix cache.", lambda account: account.num_cached_tokens),
     "generation_tokens": ("Tokens generated.", lambda account: account.num_generation_tokens),
 }

@@ -33,7 +33,9 @@ class Visit:
         self._requests: TokenBucket | None = None
         self._tokens: TokenBucket | None = None
         self._num_held = 0
+        self._num_prompt_tokens = 0
         self._num_seats = 0
+        self._has_started = False
         self._has_output = False
         self._cached_tokens: dict[int, int] = {}
         self.has_failed = False
@@ -94,7 +96,7 @@ class Visit:
         return f"{scope}/{asked}" if asked else scope
 
     def reserve(self, *, num_prompt_tokens: int, max_tokens: int, num_choices: int) -> None:
-        """Take the seats and hold back the tokens that a checked request may need. The prompt is spent at once.
+        """Take the seats and hold back the tokens that a checked request may need.
 
         Args:
             num_prompt_tokens: Of all prompts.
@@ -117,8 +119,12 @@ class Visit:
         self._num_seats += num_choices - 1
         self._tokens = account.hold_tokens(num_tokens)
         self._num_held = num_tokens
-        self._spend(num_prompt_tokens)
-        account.num_prompt_tokens += num_prompt_tokens
+        self._num_prompt_tokens = num_prompt_tokens
+
+    def note_start(self) -> None:
+        """The engine is given the prompts: they are used, whatever comes of it."""
+        self._has_started = True
+        self._spend(self._num_prompt_tokens)
 
     def note_tokens(self, num_tokens: int, *, prompt_index: int, num_cached_tokens: int) -> None:
         """A choice gained tokens. `num_cached_tokens` of its prompt came from the cache."""
@@ -129,6 +135,7 @@ class Visit:
             account.num_cached_tokens += num_cached_tokens
         if not self._has_output:
             self._has_output = True
+            account.num_prompt_tokens += self._num_prompt_tokens
             account.note_first_token(account.clock() - self._arrival)
         self._spend(num_tokens)
 
@@ -142,8 +149,15 @@ class Visit:
         self.account.num_running -= self._num_seats
         if self._tokens is not None:
             self._tokens.release(self._num_held)
-        if outcome == "unavailable" and self._requests is not None:
-            self._requests.put_back(1)  # nothing was done for it
+        if outcome == "unavailable":
+            self._undo()
+
+    def _undo(self) -> None:
+        """Nothing was done for it, so it is as if it had not come."""
+        if self._requests is not None:
+            self._requests.put_back(1)
+        if self._has_started and self._tokens is not None:
+            self._tokens.put_back(self._num_prompt_tokens)
 
     def _spend(self, num_tokens: int) -> None:
         num_tokens = min(num_tokens, self._num_held)
