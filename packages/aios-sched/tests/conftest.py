@@ -529,6 +529,7 @@ def make_request(
     cache_salt="",
     arrival_time=None,
     tenant="default",
+    tenant_weight=1.0,
     deadline=None,
     **params,
 ):
@@ -544,6 +545,7 @@ def make_request(
         cache_salt=cache_salt,
         arrival_time=arrival_time,
         tenant=tenant,
+        tenant_weight=tenant_weight,
         deadline=deadline,
     )
 

@@ -24,7 +24,7 @@ def main():
     if "load_error" in engine:
         engine["load_error"] = ModelNotFoundError(engine["load_error"])
     config = {
-        name: Path(value) if name in ("uds", "ssl_certfile", "ssl_keyfile") else value
+        name: Path(value) if name in ("uds", "tenants", "ssl_certfile", "ssl_keyfile") else value
         for name, value in options.get("server", {}).items()
     }
     server.AsyncEngine = lambda config: scripted.ScriptedEngine(config=config, **engine)

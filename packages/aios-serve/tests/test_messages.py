@@ -69,6 +69,8 @@ ADD = AddRequest(
     arrival_time=1.25,
     priority=-1,
     cache_salt="s",
+    tenant="t",
+    tenant_weight=2.5,
 )
 SPECULATIVE = EngineConfig(speculative={"method": "ngram", "num_speculative_tokens": 3})
 COMMANDS = [

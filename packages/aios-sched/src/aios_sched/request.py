@@ -48,6 +48,8 @@ class Request:
         arrival_time: In seconds of `time.monotonic()`, which the processes of one machine share; None means now.
         priority: Lower is more important, as in vLLM; for the policy "priority" only.
         tenant: Who shares the engine with whom: the policy "fair" serves tenants evenly.
+        tenant_weight: Its share under that policy, if the policy was given no list of tenants; the latest request says
+            what counts.
         deadline: In seconds of `time.monotonic()`: unfinished then, it ends with finish_reason "timeout"; None waits
             as long as it takes.
         cache_salt: Only requests with the same salt share cached pages.
@@ -106,6 +108,7 @@ class Request:
         "stop_reason",
         "stop_token_ids",
         "tenant",
+        "tenant_weight",
         "token_ids",
         "use_tiers",
     )
@@ -122,6 +125,7 @@ class Request:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = DEFAULT_TENANT,
+        tenant_weight: float = 1.0,
         deadline: float | None = None,
         reads_output: bool = False,
     ) -> None:
@@ -134,6 +138,7 @@ class Request:
         self.priority = priority
         self.cache_salt = cache_salt
         self.tenant = tenant
+        self.tenant_weight = tenant_weight
         self.deadline = deadline
         self.reads_output = reads_output or params.reads_output
         # Told to ignore the end of sequence, the model may write it like any other token.

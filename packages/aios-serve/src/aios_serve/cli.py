@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,9 @@ Without it, a small bundled model is served and nothing is downloaded.
 
   [cyan]AIOS_API_KEY=secret aios-serve --host 0.0.0.0[/cyan]
   open to the network, for those who have the key
+
+  [cyan]aios-serve tenants add alice[/cyan], then [cyan]aios-serve --tenants tenants.toml[/cyan]
+  for several users with keys and limits of their own; see aios-serve tenants --help
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -53,6 +57,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `aios-serve`; ends the process. Every mistake in the arguments is one line and status 2."""
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["tenants"]:  # a folder of that name is still served as ./tenants
+        from aios_serve.tenants.cli import main as manage_tenants
+
+        manage_tenants(args[1:])
     run_command(app, "aios-serve", args, in_flags=_in_flags)
 
 
@@ -78,6 +87,7 @@ def serve(
     port: http.Port = SERVER.port,
     uds: http.UDS = None,
     api_key: http.APIKey = None,
+    tenants: http.Tenants = None,
     allowed_origins: http.AllowedOrigins = None,
     ssl_certfile: http.SSLCertfile = None,
     ssl_keyfile: http.SSLKeyfile = None,
@@ -177,6 +187,7 @@ def serve(
         port=port,
         uds=uds,
         api_keys=tuple(api_key or ()),
+        tenants=tenants,
         allowed_origins=_origins(allowed_origins or []),
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,

@@ -61,7 +61,7 @@ class EngineConfig:
             priorities and their age, "fair" shares between tenants, "prefix" cached prompts first.
         priority_aging_seconds: Seconds of waiting that count like one level of priority; None is 10.
         tenant_weights: Tenants and their shares under "fair": others are refused, but "default" always exists. None:
-            every name is a tenant, of weight 1.
+            every name is a tenant, of the weight that its requests bring, 1 by default.
         request_timeout: Seconds after which a request ends with finish_reason "timeout"; None never. A request may ask
             for less.
         kv_offloading_size: Bytes of host memory, of all ranks together, for pages that the pool has no room for; 0 for

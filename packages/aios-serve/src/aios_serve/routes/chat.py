@@ -7,7 +7,6 @@ import time
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from aios_serve.auth import tenant_of
 from aios_serve.chat_reply import ChatReply
 from aios_serve.generation import GenerationJob, UsageCounter, collect, unless_disconnected
 from aios_serve.json_response import json_response
@@ -23,6 +22,7 @@ from aios_serve.serving import ServingDep, new_id
 from aios_serve.session_key import session_of
 from aios_serve.streaming import stream_response
 from aios_serve.structured_request import check_structured_outputs
+from aios_serve.tenants.visit import visit_of
 
 router = APIRouter(tags=["generation"])
 
@@ -30,26 +30,32 @@ router = APIRouter(tags=["generation"])
 @router.post("/v1/chat/completions", openapi_extra=json_body(ChatCompletionRequest))
 async def create_chat_completion(request: Request, serving: ServingDep) -> Response:
     """Answer a conversation: JSON at the end, or a stream of chunks as tokens come."""
-    engine = serving.ready_engine()
+    engine, visit = serving.ready_engine(), visit_of(request.scope)
     body = await parse_body(request, ChatCompletionRequest, CHAT)
-    model = serving.served_name(body.model)
+    model = serving.served_name(body.model, visit)
     params = chat_params(body, engine.generation_defaults)
-    limit = engine.max_model_len
-    token_ids = await encode_chat(engine.tokenizer, body, most_tokens=body.most_prompt_tokens(limit))
-    prompt = fit_prompt(token_ids, body, params.max_tokens, max_model_len=limit, param="messages")
+    limit = visit.context(engine.max_model_len)
+    token_ids = await encode_chat(engine.tokenizer, body, most_tokens=body.most_prompt_tokens(engine.max_model_len))
+    prompt = fit_prompt(
+        token_ids, body, params.max_tokens, max_model_len=limit, param="messages", whose=visit.whose_context
+    )
     default = engine.generation_defaults.max_new_tokens
+    room = visit.room(limit - len(prompt), num_prompt_tokens=len(prompt), num_choices=params.n)
     job = GenerationJob(
         request_id=new_id("chatcmpl", request),
         prompts=[prompt],
-        params=with_default_max_tokens(params, default, room=limit - len(prompt)),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
+        params=with_default_max_tokens(params, default, room=room),
+        priority=visit.priority(body.priority),
+        cache_salt=visit.salt(body.cache_salt),
         session=session_of(request, body),
-        tenant=tenant_of(request.scope),
+        tenant=visit.tenant.name,
+        tenant_weight=visit.weight,
+        meter=visit,
         deadline=deadline_of(body),
         default_seed=default_seed(request.scope),
     )
     job.check(engine)
+    job.reserve()
     await check_structured_outputs(engine, params, body)
     reply = ChatReply(
         id=job.request_id,
