@@ -103,7 +103,14 @@ TENSOR_MODULES = {
         "structured.processor",
     ),
 }
-COMMANDS = ("aios_model.cli", "aios_parallel.cli", "aios_quant.cli", "aios_sched.cli", "aios_serve.cli")
+COMMANDS = (
+    "aios_model.cli",
+    "aios_parallel.cli",
+    "aios_quant.cli",
+    "aios_sched.cli",
+    "aios_serve.cli",
+    "aios_serve.tenants.cli",
+)
 
 
 @pytest.mark.parametrize("package", TENSOR_MODULES)

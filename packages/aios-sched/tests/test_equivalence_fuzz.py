@@ -1,9 +1,9 @@
 """The equivalence contract, fuzzed: tokens are those of the request alone, whatever happens around it.
 
 A case is an engine with random limits, policy and tiers over a real (tiny) decoder in float64, random requests that
-share prefixes, and random events: arrivals, aborts, deadlines, steps that fail halfway. In half of them requests are
-planned ahead of their tokens. The oracle is `aios_model.generate`, which knows neither pages nor batches. After every
-step the books of pages must balance.
+share prefixes, drafts that are right, wrong or garbage, and random events: arrivals, aborts, deadlines, steps that fail
+halfway. In half of them requests are planned ahead of their tokens. The oracle is `aios_model.generate`, which knows
+neither pages nor batches nor drafts. After every step the books of pages must balance.
 
     pytest packages/aios-sched/tests/test_equivalence_fuzz.py                       a few fixed seeds
     python packages/aios-sched/tests/test_equivalence_fuzz.py --seconds 600         soaking: new seeds until time is up
@@ -19,10 +19,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from unittest.mock import patch
 
 import pytest
@@ -40,13 +40,17 @@ from aios_model.families import find_hf_family
 from aios_model.generate import generate_tokens
 from aios_model.loader import load_weights, parameter_shapes
 from aios_model.sampling.device_sampler import DeviceSampler
+from aios_model.sampling.drafted_rows import rows_with_drafts
+from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import SamplingParams
+from aios_model.sampling.rows import SamplingRow, TokenLogprobs
 from aios_model.sampling.sampler import Sampler
 from aios_model.weights.dummy import DummyEntry
 from aios_sched import planner
 from aios_sched.admission import Admission
 from aios_sched.ahead import PendingOutput
 from aios_sched.config import SchedulerConfig
+from aios_sched.drafting import Drafting
 from aios_sched.engine import Engine
 from aios_sched.model_runner import ModelRunner
 from aios_sched.newest_tokens import NewestTokens
@@ -54,8 +58,11 @@ from aios_sched.output import PENDING_TOKEN, ScheduledRequest, TokenOutput
 from aios_sched.overlapped_executor import OverlappedExecutor
 from aios_sched.planner import StepPlanner
 from aios_sched.policy.registry import PolicyName, make_policy
-from aios_sched.request import Request
+from aios_sched.request import Request, RequestStatus
 from aios_sched.scheduler import Scheduler
+from aios_sched.speculative.base import DraftContext, Proposer
+from aios_sched.speculative.fixed import FixedController
+from aios_sched.speculative.ngram import NgramProposer
 
 VOCAB_SIZE, MAX_MODEL_LEN, EOS = 200, 48, 0
 DEADLINES = 1e12  # the far future: the case says when it has come
@@ -116,9 +123,89 @@ def model() -> Model:
     return Model(config, decoder)
 
 
-@cache
-def alone(prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
-    return [token.token_id for token in generate_tokens(model(), list(prompt), params)]
+class Grammar:
+    """A logits processor for every fourth seed: which tokens may come depends on all those before.
+
+    What breaks it, as a wrong draft does, can be followed by nothing at all.
+    """
+
+    def applies_to(self, row: SamplingRow) -> bool:
+        return row.params.seed is not None and row.params.seed % 4 == 3
+
+    def __call__(self, logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        token_ids_V = torch.arange(logits_RV.shape[1])
+        for logits_V, row in zip(logits_RV, rows, strict=True):
+            if not self.applies_to(row):
+                continue
+            total = 0
+            for token in row.output_token_ids:
+                if token % 3 == total % 3:
+                    logits_V[:] = -torch.inf
+                total += token
+            logits_V[token_ids_V % 3 == total % 3] = -torch.inf
+
+    def accepts(self, row: SamplingRow, token_id: int) -> bool:
+        return False
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a request gets at one place."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+def alone(prompt: list[int], params: SamplingParams) -> list[Token]:
+    key = repr((prompt, params))
+    if key not in _ALONE:
+        with patch("aios_model.generate.Sampler", partial(Sampler, logits_processors=[Grammar()])):
+            tokens = generate_tokens(model(), prompt, params)
+            _ALONE[key] = [Token(token.token_id, token.logprobs) for token in tokens]
+    return _ALONE[key]
+
+
+_ALONE: dict[str, list[Token]] = {}
+
+
+class ErringOracle:
+    """Drafts what the request would get alone, with wrong tokens here and there; at a rate of 1 nothing but garbage."""
+
+    def __init__(self, case: Case, *, error_rate: float) -> None:
+        self._case, self._error_rate = case, error_rate
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[list[int]]:
+        return [self._guess(context) for context in contexts]
+
+    def _guess(self, context: DraftContext) -> list[int]:
+        rng = self._case.rng
+        num_known = len(context.token_ids) - context.num_prompt_tokens
+        rest = [token.token_id for token in self._case.expected[context.request_id][num_known:]]
+        rest += [rng.randrange(VOCAB_SIZE) for _ in range(context.max_drafts)]
+        wrong = [-1, VOCAB_SIZE, *(rng.randrange(VOCAB_SIZE) for _ in range(20))]
+        drafts = [rng.choice(wrong) if rng.random() < self._error_rate else token for token in rest]
+        return drafts[: rng.randint(0, context.max_drafts)]
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class MoodyController(FixedController):
+    """Wants drafts for a request or not, from one question to the next: so it is planned ahead now and then."""
+
+    def __init__(self, rng: random.Random, *, share: float) -> None:
+        super().__init__(rng.randint(1, 8))
+        self._rng, self._share = rng, share
+
+    def num_drafts(self, request_id: str, *, num_requests: int) -> int:
+        wanted = super().num_drafts(request_id, num_requests=num_requests)
+        return wanted if self._rng.random() < self._share else 0
 
 
 class DelayedExecutor:
@@ -241,9 +328,10 @@ class Case:
         self.chats: list[list[int]] = []  # prompts with their answers
         self.mover: PageMover | None = None
         self.launching: LaunchingRunner | None = None  # where steps are planned ahead
+        self.drafting = self._drafting()
         self.engine = self._engine()
-        self.expected: dict[str, list[int]] = {}
-        self.found: dict[str, list[int]] = {}
+        self.expected: dict[str, list[Token]] = {}
+        self.found: dict[str, list[Token]] = {}
         self.aborted: set[str] = set()
         self.num_stopped = 0  # answers that ended where nobody could foresee it
 
@@ -271,12 +359,14 @@ class Case:
             for output in self.engine.step():
                 assert output.error is None, output.error
                 self.num_stopped += output.finish_reason == "stop"
-                self.found[output.request_id] += output.token_ids
+                self.found[output.request_id] += map(Token, output.token_ids, output.logprobs or [None])
             self.pages.check_invariants()
         for request_id, tokens in self.found.items():
             wanted = self.expected[request_id]
             wanted = wanted[: len(tokens)] if request_id in self.aborted else wanted
-            assert tokens == wanted, f"request {request_id} gave {tokens}, alone {wanted}"
+            given, expected = [token.token_id for token in tokens], [token.token_id for token in wanted]
+            assert given == expected, f"request {request_id} gave {given}, alone {expected}"
+            assert all(map(_agree, tokens, wanted)), f"request {request_id} has log probabilities of something else"
         assert self.engine.stats().kv_cache_usage == 0, "pages leaked"
 
     def _engine(self) -> Engine:
@@ -303,7 +393,9 @@ class Case:
             device=decoder.device,
         )
         self.mover = self.tiers and PageMover(cache.page_tensors, self.tiers)
-        sampler = (DeviceSampler if ahead else Sampler)(vocab_size=VOCAB_SIZE, device=decoder.device)
+        sampler = (DeviceSampler if ahead else Sampler)(
+            vocab_size=VOCAB_SIZE, device=decoder.device, logits_processors=[Grammar()]
+        )
         runner = ModelRunner(decoder, cache, sampler, mover=self.mover)
         fault_rate = rng.choice([0, 0.02, 0.1])
         if ahead:
@@ -312,7 +404,21 @@ class Case:
             executor.max_steps_in_flight = max(2, in_flight)
         else:
             executor = DelayedExecutor(runner, rng, max_steps_in_flight=in_flight, fault_rate=fault_rate)
-        return Engine(Scheduler(config, self.pages, make_policy(self.policy, block_manager=self.pages)), executor)
+        scheduler = Scheduler(config, self.pages, make_policy(self.policy, block_manager=self.pages))
+        return Engine(scheduler, executor, drafting=self.drafting)
+
+    def _drafting(self) -> Drafting | None:
+        kind = self.rng.choice(["none", "none", "ngram", "oracle", "oracle", "garbage"])
+        proposer: Proposer
+        if kind == "none":
+            return None
+        if kind == "ngram":
+            low = self.rng.randint(1, 3)
+            proposer = NgramProposer(min_ngram=low, max_ngram=low + self.rng.randint(0, 3))
+        else:
+            proposer = ErringOracle(self, error_rate=1.0 if kind == "garbage" else self.rng.choice([0, 0.1, 0.4]))
+        controller = MoodyController(self.rng, share=self.rng.choice([0.1, 0.5, 1.0]))
+        return Drafting(proposer, controller, vocab_size=VOCAB_SIZE)
 
     def _tiers(self, longest: int) -> TierPlan:
         """Small ones, so that pages move on and are dropped."""
@@ -326,22 +432,30 @@ class Case:
     def _request(self, request_id: str) -> Request:
         rng = self.rng
         prompt = self._prompt()
+        seed = rng.randrange(100)
+        most = rng.randint(1, MAX_MODEL_LEN - len(prompt))
         params = SamplingParams(
             temperature=rng.choice([0, 0, 0, 0.8, 1.3]),
             top_k=rng.choice([0, 0, 20]),
             top_p=rng.choice([1.0, 1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
             repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
-            seed=rng.randrange(100),
-            max_tokens=(most := rng.randint(1, MAX_MODEL_LEN - len(prompt))),
+            presence_penalty=rng.choice([0.0, 0.0, 0.0, 1.5]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.0, 0.7]),
+            logit_bias=rng.choice([None, None, dict.fromkeys(self._tokens(3), 5.0)]),
+            logprobs=rng.choice([None, None, 0, 3]),
+            seed=seed,
+            max_tokens=most,
             min_tokens=rng.choice([0, 0, rng.randint(0, most)]),
             ignore_eos=rng.random() < 0.5,
             # So many that answers end in the middle, too.
             stop_token_ids=tuple(self._tokens(rng.choice([0, 0, 10, 40]))),
             bad_words_token_ids=tuple(tuple(self._tokens(rng.randint(1, 2))) for _ in range(rng.choice([0, 0, 0, 60]))),
-            allowed_token_ids=rng.choice([None, None, tuple(range(0, VOCAB_SIZE, 2))]),
+            # A grammar may leave none of the allowed tokens.
+            allowed_token_ids=None if seed % 4 == 3 else rng.choice([None, None, tuple(range(0, VOCAB_SIZE, 2))]),
         )
-        self.expected[request_id] = alone(tuple(prompt), params)
-        self.chats.append([*prompt, *self.expected[request_id]][:30])
+        self.expected[request_id] = alone(prompt, params)
+        self.chats.append([*prompt, *(token.token_id for token in self.expected[request_id])][:30])
         self.found[request_id] = []
         return Request(
             request_id=request_id,
@@ -352,6 +466,7 @@ class Case:
             priority=rng.choice([0, 0, -1, 3]) if self.policy == "priority" else 0,
             tenant=rng.choice(["a", "a", "b"]),
             cache_salt=rng.choice(["", "", "tenant"]),
+            reads_output=seed % 4 == 3,
             deadline=DEADLINES + int(request_id) if rng.random() < 0.3 else None,
         )
 
@@ -370,6 +485,14 @@ class Case:
         return [self.rng.randrange(1, VOCAB_SIZE) for _ in range(count)]
 
 
+def _agree(found: Token, wanted: Token) -> bool:
+    """Whether log probabilities are the same, but for rounding."""
+    if found.logprobs is None or wanted.logprobs is None:
+        return found.logprobs is wanted.logprobs
+    same_tokens = [token for token, _ in found.logprobs.top] == [token for token, _ in wanted.logprobs.top]
+    return same_tokens and abs(found.logprobs.logprob - wanted.logprobs.logprob) < 1e-9
+
+
 @pytest.fixture(autouse=True)
 def silence(caplog):
     """Injected faults are no news."""
@@ -383,7 +506,7 @@ def test_cases(seed) -> None:
 
 def test_cases_plan_ahead_and_end_in_the_middle() -> None:
     """Otherwise the tests above could be green because nothing ever happens."""
-    cases = [case for case in map(Case, range(40)) if case.launching is not None]
+    cases = [case for case in map(Case, range(80)) if case.launching is not None]
     for case in cases:
         case.run()
     assert sum(case.launching.num_rows_ahead for case in cases) > 300
@@ -456,8 +579,8 @@ def tenants_share_pages() -> Iterator[None]:
     """Salts are ignored where pages are looked for: not seen in tokens, but in whose pages are found."""
     open_sequence = BlockManager.open
 
-    def broken(self, sequence_id, token_ids, *, salt="") -> int:
-        found = open_sequence(self, sequence_id, token_ids, salt="")
+    def broken(self, sequence_id, token_ids, *, salt="", **options) -> int:
+        found = open_sequence(self, sequence_id, token_ids, salt="", **options)
         self._sequences[sequence_id].salt = salt
         return found
 
@@ -554,6 +677,70 @@ def length_of_the_output_one_short() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def rejected_tokens_are_published() -> Iterator[None]:
+    """A page that a step filled can be found, whether its last tokens were accepted or not."""
+    advance = Scheduler._advance
+
+    def broken(self, request, row, result):
+        output = advance(self, request, row, result)
+        if row.num_drafts and request.status is RequestStatus.RUNNING:
+            pages, end = self.block_manager, row.start + len(row.token_ids)
+            held = len(pages.block_table(request.request_id)) * pages.block_size
+            tokens = request.token_ids + row.token_ids[row.num_known_tokens :]
+            pages.publish(request.request_id, tokens, min(end, held))
+        return output
+
+    with patch.object(Scheduler, "_advance", broken):
+        yield
+
+
+@contextmanager
+def noise_keyed_by_row() -> Iterator[None]:
+    """All rows of a request are drawn from with the noise of the first."""
+
+    def broken(row, drafts):
+        return [replace(each, position=row.position) for each in rows_with_drafts(row, drafts)]
+
+    with patch("aios_sched.batch.rows_with_drafts", broken):
+        yield
+
+
+@contextmanager
+def counts_of_rejected_drafts_kept() -> Iterator[None]:
+    """Penalties count tokens that were never in the output."""
+    with patch.object(TokenCounts, "_rewind", lambda self, num_tokens: None):
+        yield
+
+
+@contextmanager
+def rows_do_not_see_the_drafts_before_them() -> Iterator[None]:
+    """Penalties, bad words, min_tokens and grammars of a row behind a draft end with what is known."""
+
+    def broken(row, drafts):
+        return [replace(each, output_token_ids=row.output_token_ids) for each in rows_with_drafts(row, drafts)]
+
+    with patch("aios_sched.batch.rows_with_drafts", broken):
+        yield
+
+
+@contextmanager
+def wrong_drafts_are_accepted() -> Iterator[None]:
+    """The token behind the first wrong draft is taken, too."""
+
+    def broken(drafts, tokens):
+        right = next((place for place, draft in enumerate(drafts) if tokens[place].token_id != draft), len(drafts))
+        return [token for token in tokens[1 : right + 2] if token is not None]
+
+    with patch("aios_sched.verification._behind_right_drafts", broken), patch("aios_sched.scheduler._drawn", _trusting):
+        yield
+
+
+def _trusting(row, result):
+    sampled = result.sampled.get(row.request_id)
+    return [sampled, *result.further.get(row.request_id, ())][: row.num_drafts + 1]
+
+
 PLANTED: dict[str, Callable] = {
     each.__name__: each
     for each in (
@@ -566,6 +753,11 @@ PLANTED: dict[str, Callable] = {
         fork_of_what_is_not_computed,
         token_of_a_neighbour,
         token_in_vain_is_kept,
+        rejected_tokens_are_published,
+        noise_keyed_by_row,
+        counts_of_rejected_drafts_kept,
+        rows_do_not_see_the_drafts_before_them,
+        wrong_drafts_are_accepted,
         noise_of_the_token_on_its_way,
         length_of_the_output_one_short,
     )
@@ -597,7 +789,7 @@ def main() -> int:
     while time.monotonic() < deadline:
         Case(seed + count).run()
         count += 1
-        alone.cache_clear()
+        _ALONE.clear()
     print(f"{count} cases from seed {seed} on, no finding")
     return 0
 

@@ -368,3 +368,39 @@ def test_pages_count_as_cached_as_open_would_find_them(lab):
             pages.free("b")
         assert pages.num_free_blocks == before
     assert pages.count_cached_tokens([*tokens[:7], 99, *tokens[8:]]) == 4
+
+
+def test_weights_come_with_requests_and_may_change(lab):
+    queue = FairQueue(burst=0)
+    arrivals = Arrivals(lab, queue)
+
+    def admitted(count):
+        names = []
+        for _ in range(count):
+            request = queue.peek()
+            queue.admit(request)
+            names.append(request.tenant)
+        return "".join(names)
+
+    for tenant, weight in (("a", 1.0), ("b", 3.0)):
+        for _ in range(12):
+            arrivals.push(prompt=[1] * 10, tenant=tenant, tenant_weight=weight)
+    assert admitted(8).count("b") == 6
+    arrivals.push(prompt=[1] * 10, tenant="b", tenant_weight=1.0)
+    assert admitted(8).count("b") == 4
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_weight_that_is_none_is_refused(lab, weight):
+    queue = FairQueue()
+    with pytest.raises(InvalidRequestError, match="must be a positive number"):
+        queue.push(lab.make_request("x", [1], tenant="a", tenant_weight=weight))
+    assert len(queue) == 0
+    assert not queue.counters
+
+
+def test_a_list_of_tenants_says_their_weights(lab):
+    queue = FairQueue({"a": 2.0})
+    queue.push(lab.make_request("x", [1] * 10, tenant="a", tenant_weight=7.0))
+    queue.admit(queue.peek())
+    assert queue.counters == {"a": 5.0}

@@ -23,7 +23,7 @@ def test_any_sequence_of_operations_gives_each_request_the_tokens_it_gets_alone(
 
 def test_the_driver_reaches_what_it_claims_to_test(lab):
     """Otherwise the test above could be green because nothing ever happens."""
-    drivers = [lab.Driver(seed).run(100) for seed in range(60)]
+    drivers = [lab.Driver(seed).run(100) for seed in range(90)]
     assert sum(driver.scheduler.num_preemptions for driver in drivers) > 100
     assert sum(driver.block_manager.stats.hits for driver in drivers) > 500
     assert sum(driver.block_manager.stats.evictions for driver in drivers) > 500
@@ -33,6 +33,9 @@ def test_the_driver_reaches_what_it_claims_to_test(lab):
     assert sum(stats.num_demoted for stats in tiers) > 200
     assert sum(stats.num_lost for stats in tiers) > 10
     assert sum(driver.max_steps_in_flight > 1 for driver in drivers) > 10
+    drafts = [driver.drafting.stats for driver in drivers if driver.drafting]
+    assert sum(stats.num_accepted_tokens for stats in drafts) > 1000
+    assert sum(stats.num_draft_tokens - stats.num_accepted_tokens for stats in drafts) > 300
     assert sum(driver.num_rows_ahead for driver in drivers) > 300
     assert sum(driver.scheduler.num_preemptions for driver in drivers if driver.num_rows_ahead) > 10
     reasons = [ended[0] for driver in drivers for ended in driver.ended.values()]
@@ -64,7 +67,7 @@ class PublishesBeforeItIsComputed(Scheduler):
 class ForgetsToRollBack(Scheduler):
     def rollback(self, output):
         for row in output.requests:
-            self._requests[row.request_id].num_computed_tokens += len(row.token_ids)
+            self._requests[row.request_id].num_computed_tokens += row.num_known_tokens
         super().rollback(output)
 
 
@@ -94,9 +97,57 @@ class SendsMovesUnderNewNumbers(Scheduler):
         super().rollback(output)
 
 
+class PublishesRejectedDrafts(Scheduler):
+    def _advance(self, request, row, result):
+        output = super()._advance(request, row, result)
+        if row.num_drafts and request.status is RequestStatus.RUNNING:
+            table = self.block_manager.block_table(request.request_id)
+            end = min(row.start + len(row.token_ids), len(table) * self.block_manager.block_size)
+            # What the row computed, for what it takes to be its tokens.
+            tokens = (request.token_ids + row.token_ids)[:end]
+            self.block_manager.publish(request.request_id, tokens, end)
+        return output
+
+
+class KeepsPagesOfDrafts(Scheduler):
+    def _advance(self, request, row, result):
+        truncate, self.block_manager.truncate = self.block_manager.truncate, lambda *_: None
+        output = super()._advance(request, row, result)
+        self.block_manager.truncate = truncate
+        return output
+
+
+class BelievesOneDraftTooMany(Scheduler):
+    def _count_computed(self, request, num_tokens):
+        more = num_tokens == 1 and len(request.token_ids) - request.num_computed_tokens > 1
+        super()._count_computed(request, num_tokens + more)
+
+
+class KeepsDraftsThatWereRolledBack(Scheduler):
+    def rollback(self, output):
+        for row in output.requests:
+            request = self._requests[row.request_id]
+            request.num_in_flight_tokens -= row.num_drafts
+        super().rollback(output)
+
+
+class UsesStaleDrafts(Scheduler):
+    def _commit(self, plan):
+        drafts = [request.draft_token_ids for request in plan.requests]
+        output = super()._commit(plan)
+        for request, kept in zip(plan.requests, drafts, strict=True):
+            request.draft_token_ids = kept
+        return output
+
+
 @pytest.mark.parametrize(
     ("bug", "symptom"),
     [
+        (PublishesRejectedDrafts, "differs from itself alone|published with other tokens|were taken away"),
+        (KeepsPagesOfDrafts, "keeps pages of drafts"),
+        (BelievesOneDraftTooMany, "nobody wrote|differs from itself alone|num_computed_tokens"),
+        (KeepsDraftsThatWereRolledBack, "miscounted|nothing can run"),
+        (UsesStaleDrafts, "are kept"),
         (OverlooksLostPages, "differs from itself alone"),
         (KeepsSavedPagesOfTheDead, "are still kept"),
         (SendsMovesUnderNewNumbers, "differs from itself alone|came before|nobody wrote"),
@@ -174,7 +225,7 @@ def test_a_bug_planted_in_the_planner_is_caught(lab, bug, symptom):
 
 def test_a_row_planned_beyond_the_end_is_caught(lab, monkeypatch):
     monkeypatch.setattr("aios_sched.planner.may_run_ahead", lambda request, *, max_model_len: True)
-    with pytest.raises(AssertionError, match=r"planned beyond|planned ahead of what it reads"):
+    with pytest.raises(AssertionError, match=r"planned beyond|planned ahead of what it reads|nobody wrote|wrong place"):
         run_many(lab)
 
 

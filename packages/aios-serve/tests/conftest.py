@@ -100,6 +100,7 @@ class Call:
     session: str
     tenant: str
     deadline: float | None
+    tenant_weight: float
 
 
 @dataclass
@@ -220,6 +221,9 @@ class ScriptedEngine:
             num_failed_steps=0,
             schedule_seconds=0.1,
             step_seconds=1.0,
+            num_drafts=30,
+            num_draft_tokens=90,
+            num_accepted_tokens=70,
         )
 
     def subscribe(self, listener: EngineListener) -> None:
@@ -252,12 +256,23 @@ class ScriptedEngine:
         cache_salt: str = "",
         session: str = "",
         tenant: str = "default",
+        tenant_weight: float = 1.0,
         deadline: float | None = None,
     ) -> AsyncIterator[RequestDelta]:
         self.check_request(prompt_token_ids, params)
         assert request_id is not None
         self.calls.append(
-            Call(list(prompt_token_ids), params, request_id, priority, cache_salt, session, tenant, deadline)
+            Call(
+                list(prompt_token_ids),
+                params,
+                request_id,
+                priority,
+                cache_salt,
+                session,
+                tenant,
+                deadline,
+                tenant_weight,
+            )
         )
         self.num_open_requests += 1
         finished = False

@@ -33,7 +33,7 @@ def main():
         engine["tokenizer"] = chat_templates.byte_tokenizer(getattr(chat_templates, options["template"]))
         engine["max_model_len"] = 4096
     config = {
-        name: Path(value) if name in ("uds", "ssl_certfile", "ssl_keyfile") else value
+        name: Path(value) if name in ("uds", "tenants", "ssl_certfile", "ssl_keyfile") else value
         for name, value in options.get("server", {}).items()
     }
     server.AsyncEngine = lambda config: scripted.ScriptedEngine(config=config, **engine)

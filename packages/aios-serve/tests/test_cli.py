@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from aios_sched.speculative.config import SpeculativeConfig
 from aios_serve import cli
 from aios_serve.config import EngineConfig
 from aios_serve.server_config import ServerConfig
@@ -74,6 +75,7 @@ def test_every_flag_arrives(run, tmp_path):
         *("--max-num-batched-tokens", "64", "--no-enable-chunked-prefill", "--max-num-queued-reqs", "9", "-tp", "1"),
         *("--scheduling-policy", "priority", "--priority-aging-seconds", "2", "--request-timeout", "60"),
         *("--threads", "3", "--no-engine-process", "--log-level", "warning"),
+        *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 6}'),
     )
     assert engine == EngineConfig(
         model="some/model",
@@ -100,6 +102,7 @@ def test_every_flag_arrives(run, tmp_path):
         scheduling_policy="priority",
         priority_aging_seconds=2.0,
         request_timeout=60.0,
+        speculative=SpeculativeConfig(method="ngram", num_speculative_tokens=5, prompt_lookup_max=6),
         max_num_queued_reqs=9,
         threads=3,
         engine_process=False,
@@ -170,6 +173,8 @@ def test_key_can_come_from_the_environment(run, monkeypatch):
         (["--gpu-memory-utilization", "90"], ["--device-memory-utilization=90", "0.9"]),
         (["--kv-cache-memory-bytes", "lots"], ["--kv-cache-memory-bytes='lots'", "4GiB"]),
         (["--kv-cache-memory-bytes", "1g", "--num-gpu-blocks-override", "5"], ["--num-gpu-blocks-override"]),
+        (["--speculative-config", '{"method": "medusa"}'], ["--speculative-config='{", "method='medusa'", "ngram"]),
+        (["--speculative-config", "ngram"], ["--speculative-config='ngram'", "no JSON", '{"method"']),
         (
             ["--max-model-len", "4k", "--num-gpu-blocks-override", "255"],
             ["--num-gpu-blocks-override=255", "--max-model-len=4096", "needs 256 pages of 16 tokens", "4080"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import signal
@@ -224,3 +225,51 @@ def test_https(start, tmp_path):
     server.wait_for("try it")
     with httpx.Client(verify=False) as client:
         assert client.post(f"{server.url}/v1/chat/completions", json=HELLO).status_code == 200
+
+
+def tenants_text(*names):
+    return "".join(
+        f'[[tenants.{name}.keys]]\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n' for name in names
+    )
+
+
+def status(server, key):
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=HELLO, headers=headers, timeout=10).status_code
+
+
+def test_tenants_follow_their_file_and_sighup(start, tmp_path):
+    path = tmp_path / "tenants.toml"
+    path.write_text(tenants_text("alice", "bob"))
+    server = start(tenants=str(path))
+    server.wait_for("try it:")
+    assert "(needs an API key)" in server.said
+    assert [status(server, key) for key in ("alice", "bob", "carol")] == [200, 200, 401]
+    path.write_text(tenants_text("alice", "carol"))
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("the tenants have changed: 2", seconds=5)
+    assert [status(server, key) for key in ("alice", "bob", "carol")] == [200, 401, 200]
+    path.write_text(tenants_text("carol") + "[tenants.carol]\nspeed = 1")
+    server.wait_for("the tenants stay as they were", seconds=5)
+    assert [status(server, key) for key in ("alice", "carol")] == [200, 200]
+    path.write_text(tenants_text("carol"))
+    server.wait_for("the tenants have changed: 1", seconds=5)
+    assert [status(server, key) for key in ("alice", "carol")] == [401, 200]
+    server.process.send_signal(signal.SIGTERM)
+    server.stop(0)
+
+
+def test_without_tenants_sighup_ends_the_server_as_ever(start):
+    server = start()
+    server.wait_for("try it:")
+    server.process.send_signal(signal.SIGHUP)
+    server.stop(-signal.SIGHUP)
+
+
+def test_tenants_that_cannot_be_used_are_told_before_anything_is_bound(start, tmp_path):
+    path = tmp_path / "tenants.toml"
+    path.write_text("[tenants.alice]\nweight = 2\n")
+    server = start(tenants=str(path))
+    server.stop(1)
+    assert "tenants.alice.weight has no effect under scheduling_policy='fcfs'" in server.said
+    assert "listening on" not in server.said

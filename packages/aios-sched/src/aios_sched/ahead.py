@@ -22,12 +22,15 @@ def may_run_ahead(request: Request, *, max_model_len: int) -> bool:
     """Whether a step may compute the token that is on its way to this request, before it is known.
 
     Not if that token is certain to be its last, and not if what comes behind it depends on it beyond the model: a
-    penalty, or whatever else reads the output on the host. Such a request waits for its token. It may still turn out
-    that the token was the last (end of sequence, abort): then one row was computed in vain.
+    penalty, or whatever else reads the output on the host, or drafts, which stand behind a token that is known. Such a
+    request waits for its token. It may still turn out that the token was the last (end of sequence, abort): then one
+    row was computed in vain.
     """
     assert request.max_tokens is not None, "the scheduler resolves it"
     return (
         not request.reads_output
+        and not request.awaits_drafts
+        and not request.num_in_flight_drafts  # nobody knows yet which position comes next
         and len(request.output_token_ids) + 1 < request.max_tokens
         and len(request.token_ids) + 1 < max_model_len
     )

@@ -5,10 +5,12 @@
      ├─ SchedulingError        planning a step failed at one request
      ├─ StepResultError        a step came back without a token that it owed
      ├─ PendingTokenError      a token was asked for that is still being computed
+     ├─ ProposerError          whoever drafts tokens did not answer as asked
      └─ ExecutorLostError      what runs the steps is gone, and with it all keys and values
 
 Only QueueFullError reaches the caller of `Engine.add`. SchedulingError and StepResultError end one request each, with
-finish_reason "error"; PendingTokenError fails a step, like any error of a model; ExecutorLostError ends the engine.
+finish_reason "error"; PendingTokenError fails a step, like any error of a model; ProposerError costs drafts only;
+ExecutorLostError ends the engine.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ class StepResultError(AiosError):
 
 class PendingTokenError(AiosError):
     """A token was asked for on the host, or on a runner that does not have it, while a step still computes it."""
+
+
+class ProposerError(AiosError):
+    """A proposer did not do what `Proposer` asks of it, or cannot be made as asked."""
 
 
 class ExecutorLostError(AiosError):

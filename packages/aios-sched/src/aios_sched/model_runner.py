@@ -12,6 +12,7 @@ from aios_sched.batch import PackedBatch, pack
 from aios_sched.errors import PendingTokenError
 from aios_sched.newest_tokens import NewestTokens
 from aios_sched.output import StepResult
+from aios_sched.verification import accept, draw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,6 +95,8 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Computes the step's tokens, all layers once, and draws the next token of each request that samples.
 
+        Drafts among them are checked: behind those that are right, a token is drawn, too.
+
         Logits are computed for those S rows only: the head is a fifth of the bundled model's weights, and the other
         tokens of a prompt have no use for it.
 
@@ -107,9 +110,9 @@ class ModelRunner:
         logits_SV = self._logits(batch)
         if logits_SV is None:
             return StepResult(sampled={}, lost_swaps=lost_swaps)
-        tokens = self._sampler.sample(logits_SV, batch.sampling)
-        sampled = {row.request_id: token for row, token in zip(batch.sampling, tokens, strict=True)}
-        return StepResult(sampled=sampled, lost_swaps=lost_swaps)
+        result = draw(self._sampler, logits_SV, batch, output)
+        result.lost_swaps = lost_swaps
+        return result
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
@@ -123,10 +126,10 @@ class ModelRunner:
         logits_SV = self._logits(batch)
         request_ids = [row.request_id for row in batch.sampling]
         if logits_SV is None:
-            return LaunchedStep(request_ids, self._downloads.start(()), lost_swaps)
+            return LaunchedStep(output, request_ids, self._downloads.start(()), lost_swaps)
         sample = self._sampler.launch(logits_SV, batch.sampling)
         self._newest.keep(request_ids, sample.token_ids_S)
-        return LaunchedStep(request_ids, sample, lost_swaps)
+        return LaunchedStep(output, request_ids, sample, lost_swaps)
 
     def _prepare(self, output: SchedulerOutput) -> tuple[tuple[int, ...], PackedBatch]:
         """Pages where they should be, and the step as tensors; -> moves that could not read their page, the batch."""
@@ -158,12 +161,20 @@ class LaunchedStep:
     """A step that the device was given.
 
     Args:
-        request_ids: Whose tokens it samples.
+        output: The step.
+        request_ids: Whose tokens it samples, row by row.
         work: The tokens; where it samples none, whatever says that it is done.
         lost_swaps: Numbers of its moves that could not read their page.
     """
 
-    def __init__(self, request_ids: list[str], work: LaunchedSample | Download, lost_swaps: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        output: SchedulerOutput,
+        request_ids: list[str],
+        work: LaunchedSample | Download,
+        lost_swaps: tuple[int, ...],
+    ) -> None:
+        self._output = output
         self._request_ids = request_ids
         self._work = work
         self._lost_swaps = lost_swaps
@@ -172,13 +183,18 @@ class LaunchedStep:
         """Waits for the step.
 
         Raises:
-            SamplingError: some rows have no token to draw (their logits are not finite, or all are excluded).
+            SamplingError: some rows have no token to draw (their logits are not finite, or all are excluded). If that
+                is so behind a wrong draft only, the request goes on when it runs again, without drafts.
         """
         if not isinstance(self._work, LaunchedSample):
             self._work.wait()
             return StepResult(sampled={}, lost_swaps=self._lost_swaps)
-        sampled = dict(zip(self._request_ids, self._work.result(), strict=True))
-        return StepResult(sampled=sampled, lost_swaps=self._lost_swaps)
+        tokens = self._work.result()
+        if len(tokens) > len(self._output.requests) or any(row.num_drafts for row in self._output.requests):
+            result = accept(self._output, tokens)
+            result.lost_swaps = self._lost_swaps
+            return result
+        return StepResult(sampled=dict(zip(self._request_ids, tokens, strict=True)), lost_swaps=self._lost_swaps)
 
 
 def move_pages(mover: PageMover | None, output: SchedulerOutput) -> tuple[int, ...]:

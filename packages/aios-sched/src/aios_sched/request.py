@@ -48,6 +48,8 @@ class Request:
         arrival_time: In seconds of `time.monotonic()`, which the processes of one machine share; None means now.
         priority: Lower is more important, as in vLLM; for the policy "priority" only.
         tenant: Who shares the engine with whom: the policy "fair" serves tenants evenly.
+        tenant_weight: Its share under that policy, if the policy was given no list of tenants; the latest request says
+            what counts.
         deadline: In seconds of `time.monotonic()`: unfinished then, it ends with finish_reason "timeout"; None waits
             as long as it takes.
         cache_salt: Only requests with the same salt share cached pages.
@@ -57,7 +59,11 @@ class Request:
         token_ids: Prompt and output, in one list. Kept through preemption: outputs are never sampled twice.
         output_token_ids: The output alone.
         num_computed_tokens: Tokens, from the first, whose keys and values are in the cache.
-        num_in_flight_tokens: Tokens behind those, in steps that were submitted and have not returned.
+        num_in_flight_tokens: Tokens behind those, in steps that were submitted and have not returned. Drafts that go
+            with them do not count.
+        num_in_flight_drafts: Those drafts.
+        awaits_drafts: Whether its next row is to have drafts, so that it is not planned ahead.
+        draft_token_ids: Guesses of the tokens behind the known ones, for the next step to check; see `drafting.py`.
         num_cached_tokens: Tokens of the prompt that were found in the prefix cache when it first ran.
         stop_token_ids: The tokens that end this request.
         max_tokens: Most output tokens; the scheduler resolves None of the params to what the context leaves.
@@ -74,8 +80,10 @@ class Request:
     __slots__ = (
         "arrival_order",
         "arrival_time",
+        "awaits_drafts",
         "cache_salt",
         "deadline",
+        "draft_token_ids",
         "eos_token_ids",
         "finish_reason",
         "finished_time",
@@ -85,6 +93,7 @@ class Request:
         "max_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_in_flight_drafts",
         "num_in_flight_tokens",
         "num_preemptions",
         "output_token_ids",
@@ -99,6 +108,7 @@ class Request:
         "stop_reason",
         "stop_token_ids",
         "tenant",
+        "tenant_weight",
         "token_ids",
         "use_tiers",
     )
@@ -115,6 +125,7 @@ class Request:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = DEFAULT_TENANT,
+        tenant_weight: float = 1.0,
         deadline: float | None = None,
         reads_output: bool = False,
     ) -> None:
@@ -127,6 +138,7 @@ class Request:
         self.priority = priority
         self.cache_salt = cache_salt
         self.tenant = tenant
+        self.tenant_weight = tenant_weight
         self.deadline = deadline
         self.reads_output = reads_output or params.reads_output
         # Told to ignore the end of sequence, the model may write it like any other token.
@@ -135,6 +147,9 @@ class Request:
         self.status = RequestStatus.WAITING
         self.token_ids = list(self.prompt_token_ids)
         self.output_token_ids: list[int] = []
+        self.draft_token_ids: list[int] = []
+        self.num_in_flight_drafts = 0
+        self.awaits_drafts = False
         self.num_computed_tokens = 0
         self.num_in_flight_tokens = 0
         self.num_cached_tokens = 0

@@ -16,26 +16,37 @@ from aios_serve.request_body import LimitBody
 from aios_serve.request_id import EchoRequestId
 from aios_serve.routes import chat, completions, health, metrics, models, responses, tokenize
 from aios_serve.serving import Serving
+from aios_serve.tenants.gate import TenantGate
+from aios_serve.tenants.registry import TenantRegistry
 
 if TYPE_CHECKING:
     from aios_serve.async_engine import AsyncEngine
     from aios_serve.server_config import ServerConfig
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
+def create_app(engine: AsyncEngine, config: ServerConfig, registry: TenantRegistry | None = None) -> FastAPI:
     """Build the application around an engine, which the caller starts and shuts down (see `server.py`).
 
     It answers at once: 503 with the progress while the engine loads.
+
+    Args:
+        engine: Generates.
+        config: The options.
+        registry: Who may ask, for a caller that wants to change that; None makes one from `config`.
+
+    Raises:
+        ConfigError: The file of tenants cannot be used.
     """
+    registry = registry or TenantRegistry.of(config, engine.config)
     app = FastAPI(
         title="aios-serve",
         version=version("aios-serve"),
         docs_url=None,  # the pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # a redirect would be built from the client's Host header
-        middleware=middleware(config),
+        middleware=middleware(config, registry),
     )
-    server_metrics = ServerMetrics(engine)
+    server_metrics = ServerMetrics(engine, registry)
     engine.subscribe(server_metrics)
     app.state.serving = Serving(engine=engine, config=config, metrics=server_metrics)
     for module in (chat, completions, responses, tokenize, models, health, metrics):
@@ -44,7 +55,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig) -> FastAPI:
     return app
 
 
-def middleware(config: ServerConfig) -> list[Middleware]:
+def middleware(config: ServerConfig, registry: TenantRegistry) -> list[Middleware]:
     """What every request passes, from the outside in.
 
     CORS is outermost so that even refusals can be read by the pages that may call us.
@@ -55,7 +66,7 @@ def middleware(config: ServerConfig) -> list[Middleware]:
             0,
             Middleware(CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["*"], allow_headers=["*"]),
         )
-    if config.api_keys:
-        layers.append(Middleware(RequireApiKey, keys=config.api_keys))
+    if registry.needs_key:
+        layers += [Middleware(RequireApiKey, registry=registry), Middleware(TenantGate)]
     layers.append(Middleware(LimitBody, max_bytes=config.max_body_bytes))
     return layers

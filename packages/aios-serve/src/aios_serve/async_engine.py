@@ -220,6 +220,7 @@ class AsyncEngine:
         cache_salt: str = "",
         session: str = "",
         tenant: str = DEFAULT_TENANT,
+        tenant_weight: float = 1.0,
         deadline: float | None = None,
     ) -> AsyncGenerator[RequestDelta, None]:
         """Generate, yielding what was gained since the last look: steps coalesce if the consumer is slow.
@@ -229,7 +230,8 @@ class AsyncEngine:
         (`aclose()`, cancellation, garbage) aborts the request and frees its pages. An abort from elsewhere ends it
         with finish reason "abort", and the `deadline` (of `time.monotonic()`) with "timeout". With several engines,
         requests of one `session` may be kept together, and one whose engine dies before it had an output goes to
-        another.
+        another. `tenant_weight` is the tenant's share under the policy "fair" from now on, unless
+        `config.tenant_weights` lists the tenants.
 
         Raises, at the first `anext`:
             InvalidRequestError, EngineUnavailableError, QueueFullError: as `check_request` and
@@ -251,6 +253,7 @@ class AsyncEngine:
             cache_salt=cache_salt,
             session=session,
             tenant=tenant,
+            tenant_weight=tenant_weight,
             deadline=deadline,
         )
         async with aclosing(stream):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from aios_model.command_line import run_command
 from aios_model.errors import ConfigError
 from aios_serve.cli_options import answers, batching, http, memory, parallelism, process
 from aios_serve.cli_options import model as model_options
-from aios_serve.config import EngineConfig, parse_count
+from aios_serve.config import EngineConfig, parse_count, read_speculative
 from aios_serve.server_config import ServerConfig
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ Without it, a small bundled model is served and nothing is downloaded.
 
   [cyan]AIOS_API_KEY=secret aios-serve --host 0.0.0.0[/cyan]
   open to the network, for those who have the key
+
+  [cyan]aios-serve tenants add alice[/cyan], then [cyan]aios-serve --tenants tenants.toml[/cyan]
+  for several users with keys and limits of their own; see aios-serve tenants --help
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
@@ -53,6 +57,11 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point of `aios-serve`; ends the process. Every mistake in the arguments is one line and status 2."""
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["tenants"]:  # a folder of that name is still served as ./tenants
+        from aios_serve.tenants.cli import main as manage_tenants
+
+        manage_tenants(args[1:])
     run_command(app, "aios-serve", args, in_flags=_in_flags)
 
 
@@ -78,6 +87,7 @@ def serve(
     port: http.Port = SERVER.port,
     uds: http.UDS = None,
     api_key: http.APIKey = None,
+    tenants: http.Tenants = None,
     allowed_origins: http.AllowedOrigins = None,
     ssl_certfile: http.SSLCertfile = None,
     ssl_keyfile: http.SSLKeyfile = None,
@@ -104,6 +114,7 @@ def serve(
     priority_aging_seconds: batching.PriorityAgingSeconds = None,
     request_timeout: batching.RequestTimeout = None,
     max_num_queued_reqs: batching.MaxNumQueuedReqs = ENGINE.max_num_queued_reqs or 0,
+    speculative_config: batching.SpeculativeConfig = None,
     tensor_parallel_size: parallelism.TensorParallelSize = ENGINE.tensor_parallel,
     pipeline_parallel_size: parallelism.PipelineParallelSize = ENGINE.pipeline_parallel,
     enable_expert_parallel: parallelism.EnableExpertParallel = ENGINE.expert_parallel,
@@ -151,6 +162,7 @@ def serve(
         kv_offloading_disk_size=parse_count(kv_offloading_disk_size, option="kv_offloading_disk_size"),
         kv_offloading_path=None if kv_offloading_path is None else str(kv_offloading_path),
         preemption_mode=preemption_mode,
+        speculative=read_speculative(speculative_config),
         max_num_queued_reqs=max_num_queued_reqs,
         max_logprobs=max_logprobs,
         structured_outputs_timeout=structured_outputs_timeout,
@@ -178,6 +190,7 @@ def serve(
         port=port,
         uds=uds,
         api_keys=tuple(api_key or ()),
+        tenants=tenants,
         allowed_origins=_origins(allowed_origins or []),
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
@@ -244,6 +257,7 @@ def _in_flags(message: str) -> str:
         "expert_parallel": "--enable-expert-parallel",
         "data_parallel": "--data-parallel-size",
         "distributed_executor": "--distributed-executor-backend",
+        "speculative": "--speculative-config",
     }
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
 

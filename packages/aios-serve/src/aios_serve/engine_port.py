@@ -158,6 +158,7 @@ def _request(message: AddRequest, child: ChildRequest, *, deadline: float | None
         priority=message.priority,
         cache_salt=message.cache_salt,
         tenant=message.tenant,
+        tenant_weight=message.tenant_weight,
         deadline=deadline,
     )
 

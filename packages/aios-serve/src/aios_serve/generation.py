@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Protocol, TypeVar, cast
 
 from aios_sched.request import DEFAULT_TENANT
 from aios_serve.error_responses import ClientDisconnectedError
@@ -25,6 +25,26 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
+class Meter(Protocol):
+    """Is told what a job takes, and may refuse it: a tenant's `Visit`."""
+
+    def reserve(self, *, num_prompt_tokens: int, max_tokens: int, num_choices: int) -> None:
+        """Set aside what the job may take at most; ApiError if that is more than there is."""
+        ...
+
+    def note_start(self) -> None:
+        """The engine is given the prompts."""
+        ...
+
+    def note_tokens(self, num_tokens: int, *, prompt_index: int, num_cached_tokens: int) -> None:
+        """A choice gained tokens; of its prompt, that many were cached."""
+        ...
+
+    def note_failure(self) -> None:
+        """The job failed."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationJob:
     """What one HTTP request asks of the engine: each prompt with its parameters, `n` choices of each.
@@ -41,6 +61,8 @@ class GenerationJob:
     cache_salt: str = ""
     session: str = ""
     tenant: str = DEFAULT_TENANT
+    tenant_weight: float = 1.0
+    meter: Meter | None = None
     deadline: float | None = None
     default_seed: int | None = None
 
@@ -59,8 +81,35 @@ class GenerationJob:
         for prompt in self.prompts:
             engine.check_request(prompt, self.params)
 
+    def reserve(self) -> None:
+        """Have the meter set aside what this may take. The last check: what it takes must be given back afterwards."""
+        if self.meter is not None:
+            max_tokens = self.params.max_tokens or 0
+            self.meter.reserve(
+                num_prompt_tokens=self.num_prompt_tokens, max_tokens=max_tokens, num_choices=self.num_choices
+            )
+
     async def run(self, engine: AsyncEngine) -> AsyncGenerator[ChoiceDelta]:
         """Generate, yielding what choices gain as they gain it. Closing the generator aborts what still runs."""
+        if self.meter is not None:
+            self.meter.note_start()
+        try:
+            async with aclosing(self._run(engine)) as deltas:
+                async for delta in deltas:
+                    self._measure(delta)
+                    yield delta
+        except Exception:
+            if self.meter is not None:
+                self.meter.note_failure()
+            raise
+
+    def _measure(self, delta: ChoiceDelta) -> None:
+        if self.meter is not None:
+            self.meter.note_tokens(
+                len(delta.gained.token_ids), prompt_index=delta.prompt_index, num_cached_tokens=delta.num_cached_tokens
+            )
+
+    async def _run(self, engine: AsyncEngine) -> AsyncGenerator[ChoiceDelta]:
         streams = [self._stream(engine, index) for index in range(len(self.prompts))]
         async with aclosing(_merge(streams)) as merged:
             async for prompt_index, delta in merged:
@@ -82,6 +131,7 @@ class GenerationJob:
             cache_salt=self.cache_salt,
             session=self.session,
             tenant=self.tenant,
+            tenant_weight=self.tenant_weight,
             deadline=self.deadline,
         )
 

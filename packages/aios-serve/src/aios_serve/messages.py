@@ -68,6 +68,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add"):
     priority: int = 0
     cache_salt: str = ""
     tenant: str = DEFAULT_TENANT
+    tenant_weight: float = 1.0
     deadline: float | None = None
 
     def __post_init__(self) -> None:

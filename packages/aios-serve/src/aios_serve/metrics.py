@@ -17,15 +17,18 @@ from prometheus_client.registry import Collector
 
 from aios_serve.async_engine import EngineState
 from aios_serve.errors import EngineUnavailableError
+from aios_serve.tenants.metrics import tenant_families
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
 
     from aios_sched.stats import EngineStats
     from aios_serve.async_engine import AsyncEngine
     from aios_serve.outputs import RequestTiming
+    from aios_serve.tenants.account import TenantAccount
+    from aios_serve.tenants.registry import TenantRegistry
 
 Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
@@ -42,20 +45,26 @@ STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 class ServerMetrics:
     """The metrics of one server; subscribe it to the engine."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, tenants: TenantRegistry) -> None:
         self._engine = engine
+        self._tenants = tenants
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         self._families = _families(self._registry)
         self._series: dict[int, _Series] = {}
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """What a scraper gets, and its content type; `accept` is the scraper's Accept header."""
+    def exposition(self, accept: str, *, only_tenant: str | None = None) -> tuple[bytes, str]:
+        """What a scraper gets, and its content type; `accept` is the scraper's Accept header.
+
+        `only_tenant` leaves out the figures of all other tenants.
+        """
         if _is_known(self._engine):
             for replica in range(len(self._engine.replicas)):
                 self._bound(replica)  # zeros before the first request, so that rates have a beginning
         encoder, content_type = choose_encoder(accept)
-        return encoder(self._registry), content_type
+        tenants = self._tenants.accounts if self._tenants.needs_key else ()
+        seen = [each for each in tenants if only_tenant in (None, each.tenant.name)]
+        return encoder(_Exposition(self._registry, seen)), content_type  # type: ignore[arg-type]
 
     def on_step(self, *, stats: EngineStats, num_tokens: int, replica: int) -> None:
         """A step ended."""
@@ -95,6 +104,18 @@ class ServerMetrics:
         if replica not in self._series:
             self._series[replica] = self._families.bind(self._engine.model_name, str(replica))
         return self._series[replica]
+
+
+class _Exposition:
+    """What encoders need of a registry: all families, of which those of tenants depend on who asks."""
+
+    def __init__(self, registry: CollectorRegistry, tenants: Sequence[TenantAccount]) -> None:
+        self._registry = registry
+        self._tenants = tenants
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self._registry.collect()
+        yield from tenant_families(self._tenants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +192,12 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         lambda stats: stats.tier_cache_hits,
     ),
     "num_preemptions": ("Times a running request lost its pages.", lambda stats: stats.num_preemptions),
+    "spec_decode_num_drafts": ("Times a request had drafted tokens in a step.", lambda stats: stats.num_drafts),
+    "spec_decode_num_draft_tokens": ("Tokens drafted and checked.", lambda stats: stats.num_draft_tokens),
+    "spec_decode_num_accepted_tokens": (
+        "Drafted tokens that were right, each of them gained beside the token of its step.",
+        lambda stats: stats.num_accepted_tokens,
+    ),
 }
 
 

@@ -94,6 +94,7 @@ class OutputProcessor:
         cache_salt: str = "",
         session: str = "",
         tenant: str = DEFAULT_TENANT,
+        tenant_weight: float = 1.0,
         deadline: float | None = None,
     ) -> OpenRequest:
         """Take in a checked request. Its `add_request` is what the engine must be given."""
@@ -117,6 +118,7 @@ class OutputProcessor:
                 priority=priority,
                 cache_salt=cache_salt,
                 tenant=tenant,
+                tenant_weight=tenant_weight,
                 deadline=deadline,
             ),
         )

@@ -93,13 +93,19 @@ async def encode_chat(tokenizer: Tokenizer, body: TemplateFields, *, most_tokens
 
 
 def fit_prompt(
-    token_ids: list[int], body: SamplingFields, max_tokens: int | None, *, max_model_len: int, param: str
+    token_ids: list[int],
+    body: SamplingFields,
+    max_tokens: int | None,
+    *,
+    max_model_len: int,
+    param: str,
+    whose: str = "This model's",
 ) -> list[int]:
     """The prompt, cut if the request asks for that, refused if it leaves no room for what is to be generated.
 
     Raises:
         ApiError: 400 "context_length_exceeded" with the numbers. `param` is the field that holds the prompt, which is
-            to blame unless it would fit by itself.
+            to blame unless it would fit by itself, and `whose` says whose context it is.
     """
     wanted = max_tokens or 1
     prompt = _truncated(token_ids, body.truncate_prompt_tokens, room=max_model_len - wanted)
@@ -108,7 +114,7 @@ def fit_prompt(
     asked = f"max_tokens={max_tokens} are asked for" if max_tokens else "at least one is to be generated"
     raise ApiError(
         400,
-        f"This model's maximum context length is {max_model_len} tokens, but the prompt has {len(prompt)} and {asked}. "
+        f"{whose} maximum context length is {max_model_len} tokens, but the prompt has {len(prompt)} and {asked}. "
         "Shorten the prompt, ask for fewer tokens, or set truncate_prompt_tokens.",
         code="context_length_exceeded",
         param=param if len(prompt) >= max_model_len else "max_tokens",

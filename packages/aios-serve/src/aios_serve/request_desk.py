@@ -67,6 +67,7 @@ class RequestDesk:
         cache_salt: str,
         session: str,
         tenant: str,
+        tenant_weight: float,
         deadline: float | None,
     ) -> AsyncGenerator[RequestDelta, None]:
         """Run a checked request; see `AsyncEngine.generate`."""
@@ -78,6 +79,7 @@ class RequestDesk:
             cache_salt=cache_salt,
             session=session,
             tenant=tenant,
+            tenant_weight=tenant_weight,
             deadline=deadline,
         )
         stream = self._streams[request.key] = RequestStream()

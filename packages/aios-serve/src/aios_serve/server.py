@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -16,6 +18,8 @@ from aios_serve.async_engine import AsyncEngine
 from aios_serve.errors import EngineDeadError
 from aios_serve.listen import bind
 from aios_serve.startup_report import show_listening, show_progress, show_ready
+from aios_serve.tenants.registry import TenantRegistry
+from aios_serve.tenants.watcher import TenantsWatcher
 
 if TYPE_CHECKING:
     import socket
@@ -38,12 +42,14 @@ def run_server(engine_config: EngineConfig, config: ServerConfig, *, console: Co
     """Serve until told to stop; returns the exit status of the process.
 
     Raises:
-        BindError: the address cannot be listened on. Nothing has been loaded then.
+        ConfigError: the file of tenants cannot be used.
+        BindError: the address cannot be listened on. Nothing has been loaded in either case.
     """
+    registry = TenantRegistry.of(config, engine_config)
     listener, address = bind(config)
     try:
         with listener:
-            return asyncio.run(_Server(AsyncEngine(engine_config), config, console).serve(listener, address))
+            return asyncio.run(_Server(AsyncEngine(engine_config), config, registry, console).serve(listener, address))
     finally:
         if config.uds:
             config.uds.unlink(missing_ok=True)
@@ -52,11 +58,12 @@ def run_server(engine_config: EngineConfig, config: ServerConfig, *, console: Co
 class _Server:
     """One run of the server on one event loop."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, console: Console) -> None:
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, registry: TenantRegistry, console: Console) -> None:
         self._engine = engine
         self._config = config
+        self._registry = registry
         self._console = console
-        self._http = _SignalledServer(_uvicorn_config(engine, config), self._on_signal)
+        self._http = _SignalledServer(_uvicorn_config(engine, config, registry), self._on_signal)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._draining: asyncio.Task[None] | None = None
         self._told_to_stop = False
@@ -67,14 +74,24 @@ class _Server:
         self._loop = asyncio.get_running_loop()
         show_listening(address, self._console)
         await self._engine.start()
-        loading = asyncio.create_task(self._load(address))
+        tasks = [asyncio.create_task(self._load(address)), *self._watch_tenants()]
         try:
             await self._http.serve(sockets=[listener])
         finally:
-            loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._engine.shutdown()
         return self._status
+
+    def _watch_tenants(self) -> list[asyncio.Task[None]]:
+        """Read the file of tenants again when it changes, and on SIGHUP, which ends a server without such a file."""
+        if self._registry.path is None:
+            return []
+        watcher = TenantsWatcher(self._registry, self._registry.path)
+        with suppress(AttributeError, NotImplementedError, RuntimeError):  # Windows; not the main thread
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, watcher.reload_now)
+        return [asyncio.create_task(watcher.run())]
 
     async def _load(self, address: Address) -> None:
         """Show progress until the engine is ready; end the server if it cannot be."""
@@ -91,7 +108,9 @@ class _Server:
         finally:
             progress.cancel()
         formats = describe_formats(self._engine.tokenizer, self._config)
-        show_ready(self._engine, address, self._console, needs_key=bool(self._config.api_keys), formats=formats)
+        show_ready(self._engine, address, self._console, needs_key=self._config.needs_key, formats=formats)
+        for name in self._registry.models_not_served(self._engine.model_names):
+            logger.warning("tenants may use the model %r, which is not served here", name)
 
     def _on_signal(self, signal_number: int) -> None:
         """Called in a signal handler, between any two bytecodes: do no more than wake the loop, or leave."""
@@ -141,9 +160,9 @@ class _SignalledServer(uvicorn.Server):
         self._on_signal(sig)
 
 
-def _uvicorn_config(engine: AsyncEngine, config: ServerConfig) -> uvicorn.Config:
+def _uvicorn_config(engine: AsyncEngine, config: ServerConfig, registry: TenantRegistry) -> uvicorn.Config:
     return uvicorn.Config(
-        create_app(engine, config),
+        create_app(engine, config, registry),
         lifespan="off",
         log_config=None,
         server_header=False,

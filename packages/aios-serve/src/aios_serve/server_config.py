@@ -22,6 +22,7 @@ class ServerConfig:
         port: TCP port; 0 takes a free one.
         uds: Unix domain socket to listen on instead of TCP.
         api_keys: Keys of which requests must bring one; empty asks for none.
+        tenants: File of tenants with keys of their own, see `aios_serve.tenants`; API keys are the operator's then.
         allowed_origins: Origins whose web pages may call the server (CORS); empty allows none.
         ssl_certfile: Certificate chain in PEM format; together with `ssl_keyfile` it turns on HTTPS.
         ssl_keyfile: Its private key.
@@ -38,6 +39,7 @@ class ServerConfig:
     port: int = 8000
     uds: Path | None = None
     api_keys: tuple[str, ...] = ()
+    tenants: Path | None = None
     allowed_origins: tuple[str, ...] = ()
     ssl_certfile: Path | None = None
     ssl_keyfile: Path | None = None
@@ -62,6 +64,11 @@ class ServerConfig:
         for path in (self.ssl_certfile, self.ssl_keyfile):
             if path is not None and not path.is_file():
                 raise ConfigError(f"there is no file {path}; give the path of a PEM file")
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether requests must bring a key."""
+        return bool(self.api_keys) or self.tenants is not None
 
     @property
     def uses_https(self) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from aios_serve.async_engine import AsyncEngine
     from aios_serve.metrics import ServerMetrics
     from aios_serve.server_config import ServerConfig
+    from aios_serve.tenants.visit import Visit
 
 
 @dataclass(kw_only=True)
@@ -47,17 +48,18 @@ class Serving:
             case _:
                 raise EngineDeadError(self.engine.state_detail)
 
-    def served_name(self, model: str | None) -> str:
-        """The name to answer with: `model` if it is served, the first served name if it is None.
+    def served_name(self, model: str | None, visit: Visit) -> str:
+        """The name to answer with: `model` if it is served to this tenant, the first such name if it is None.
 
         Raises:
-            ApiError: 404, listing what is served.
+            ApiError: 404, listing what is served to it.
         """
-        names = self.engine.model_names
-        if model is None:
+        names = visit.allowed(self.engine.model_names)
+        if model is None and names:
             return names[0]
         if model not in names:
-            served = ", ".join(repr(name) for name in names)
+            served = ", ".join(repr(name) for name in names) or f"nothing that tenant {visit.tenant.name!r} may use"
+            model = model or ""
             message = f"The model {model[:200]!r} is not served here; served: {served}."
             raise ApiError(404, message, code="model_not_found", param="model")
         return model

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aios_model.sampling.bad_words import resolve_bad_words
     from aios_model.sampling.device_sampler import DeviceSampler, LaunchedSample
+    from aios_model.sampling.drafted_rows import rows_with_drafts
     from aios_model.sampling.drawer import Drawer
     from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError, SamplingError
     from aios_model.sampling.logprobs import token_logprobs
@@ -35,6 +36,7 @@ __all__ = [
     "StructuredOutputsParams",
     "TokenLogprobs",
     "resolve_bad_words",
+    "rows_with_drafts",
     "token_logprobs",
 ]
 
@@ -53,6 +55,7 @@ _MODULES = {
     "StructuredOutputsParams": "structured",
     "TokenLogprobs": "rows",
     "resolve_bad_words": "bad_words",
+    "rows_with_drafts": "drafted_rows",
     "token_logprobs": "logprobs",
 }
 

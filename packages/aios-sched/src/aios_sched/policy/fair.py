@@ -41,7 +41,7 @@ class FairQueue:
 
     Args:
         weights: Tenants with their shares; others are refused, but "default" always exists. None: any name is a
-            tenant of weight 1.
+            tenant, of the weight that its latest request brought. A new weight counts for service from then on.
         input_weight: What a prompt token costs.
         output_weight: What a generated token costs.
         burst: What a tenant that was idle may get before it takes turns with the others, in weighted tokens.
@@ -75,8 +75,11 @@ class FairQueue:
     def push(self, request: Request) -> None:
         """Takes a request; one with a priority, or of a tenant that does not exist, is refused."""
         refuse_priority(request)
-        tenant = self._tenants.get(request.tenant) or self._new_tenant(request.tenant)
         is_preempted = request.status is RequestStatus.PREEMPTED
+        weight = self._weight_of(request)
+        tenant = self._tenants.get(request.tenant) or self._new_tenant(request.tenant, weight)
+        if not is_preempted:  # one that comes back may bring a weight of long ago
+            tenant.weight = weight
         if is_preempted:
             tenant.num_running -= 1
         if not tenant.waiting:
@@ -157,12 +160,20 @@ class FairQueue:
         tenant = self._least_served() or self._last_to_leave
         return 0.0 if tenant is None else tenant.counter
 
-    def _new_tenant(self, name: str) -> _Tenant:
-        weight = 1.0 if self._weights is None else self._weights.get(name)
+    def _weight_of(self, request: Request) -> float:
+        name = request.tenant
+        weight = request.tenant_weight if self._weights is None else self._weights.get(name)
         if weight is None:
             raise InvalidRequestError(
                 f"tenant {name!r} does not exist; known are {', '.join(sorted(self._weights or ()))}", param="tenant"
             )
+        if not 0 < weight < float("inf"):
+            raise InvalidRequestError(
+                f"the weight {weight} of tenant {name!r} cannot be used: it must be a positive number", param="tenant"
+            )
+        return weight
+
+    def _new_tenant(self, name: str, weight: float) -> _Tenant:
         if len(self._tenants) >= _MAX_IDLE_TENANTS:
             self._forget_idle_tenants()
         tenant = self._tenants[name] = _Tenant(name, weight)

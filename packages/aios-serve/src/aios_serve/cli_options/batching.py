@@ -53,3 +53,13 @@ RequestTimeout = Annotated[
     ),
 ]
 MaxNumQueuedReqs = Annotated[int, _option("--max-num-queued-reqs", help="Requests that may wait; more get a 503.")]
+SpeculativeConfig = Annotated[
+    str | None,
+    _option(
+        "--speculative-config",
+        metavar="JSON",
+        show_default="none",
+        help="Guess tokens ahead and check them together, for the same output in fewer steps, such as "
+        '\'{"method": "ngram", "num_speculative_tokens": 4}\'.',
+    ),
+]

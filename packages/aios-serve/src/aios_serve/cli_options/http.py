@@ -22,6 +22,16 @@ APIKey = Annotated[
         help="Ask every request for a key. Can be given several times. The variable hides it from `ps`.",
     ),
 ]
+Tenants = Annotated[
+    Path | None,
+    _option(
+        "--tenants",
+        metavar="FILE",
+        envvar="AIOS_TENANTS",
+        help="Tenants with keys and limits of their own, as `aios-serve tenants` writes them; read again when it "
+        "changes. An --api-key beside it is the operator's.",
+    ),
+]
 AllowedOrigins = Annotated[
     list[str] | None,
     _option(

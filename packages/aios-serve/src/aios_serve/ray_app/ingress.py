@@ -22,6 +22,7 @@ from aios_serve.ray_app.roll_call import RollCall
 from aios_serve.request_id import HEADER as REQUEST_ID
 from aios_serve.request_id import EchoRequestId
 from aios_serve.request_identity import RequestIdentity
+from aios_serve.tenants.registry import TenantRegistry
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -56,7 +57,8 @@ class Ingress:
         seed = self._config.engine.seed
         source = random.SystemRandom() if seed is None else random.Random(seed)
         app: ASGIApp = _Endpoint(self._roll_call, forwarder, source)
-        for layer in reversed(middleware(self._config.server)):
+        registry = TenantRegistry.of(self._config.server, self._config.engine)
+        for layer in reversed(middleware(self._config.server, registry)):
             if layer.cls is not EchoRequestId:  # Ray Serve does that
                 app = layer.cls(app, *layer.args, **layer.kwargs)
         return _AtRoot(app)

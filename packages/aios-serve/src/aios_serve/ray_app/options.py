@@ -97,6 +97,11 @@ def _refuse_unknown(args: Mapping[str, Any], known: Sequence[str]) -> None:
                 f"{name} is not an option here: Ray Serve listens; use --http-host and --http-port of `serve start`, "
                 "or http_options in its YAML file"
             )
+        if name == "tenants":
+            raise ConfigError(
+                "tenants is not an option here: limits are counted by one server, and here several answer; run "
+                "aios-serve --tenants, or give each group of users a key with api_key"
+            )
         if name == "max_engine_restarts":
             raise ConfigError("max_engine_restarts is not an option here: Ray replaces a replica whose engine is lost")
         if name not in known:

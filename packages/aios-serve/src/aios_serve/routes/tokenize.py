@@ -13,6 +13,7 @@ from aios_serve.refusals import TOKENIZE, refuse_unsupported
 from aios_serve.request_body import parse_body, read_json_object
 from aios_serve.routes.openapi import json_body
 from aios_serve.serving import ServingDep
+from aios_serve.tenants.visit import visit_of
 
 router = APIRouter(tags=["tokenizer"])
 
@@ -25,11 +26,11 @@ async def tokenize(request: Request, serving: ServingDep) -> Response:
     refuse_unsupported(fields, TOKENIZE)
     if "messages" in fields:
         body = TokenizeChatRequest.model_validate(fields)
-        serving.served_name(body.model)
+        serving.served_name(body.model, visit_of(request.scope))
         tokens = await encode_chat(engine.tokenizer, body)
     else:
         body = TokenizeCompletionRequest.model_validate(fields)
-        serving.served_name(body.model)
+        serving.served_name(body.model, visit_of(request.scope))
         add_special_tokens = body.add_special_tokens is not False
         [tokens] = await encode_prompts(engine.tokenizer, [body.prompt], add_special_tokens=add_special_tokens)
     texts = [engine.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
@@ -43,5 +44,5 @@ async def detokenize(request: Request, serving: ServingDep) -> Response:
     """The text of token ids, special tokens included."""
     engine = serving.ready_engine()
     body = await parse_body(request, DetokenizeRequest)
-    serving.served_name(body.model)
+    serving.served_name(body.model, visit_of(request.scope))
     return json_response(Detokenized(prompt=await decode(engine.tokenizer, body.tokens, engine.vocab_size)))
