@@ -428,3 +428,10 @@ def test_a_long_conversation_is_far_from_the_limits():
     text = render(QWEN3, messages)
     assert time.thread_time() - start < 0.4
     assert len(text) > 200_000
+
+
+def test_a_template_tells_its_source_and_the_names_that_it_knows():
+    template = ChatTemplate("{% if tools is defined %}{{ tools | tojson }}{% endif %}{{ messages[0].content }}")
+    assert {"tools", "messages"} <= template.names
+    assert "tools" not in ChatTemplate("{{ messages[0].content }} tools").names
+    assert ChatTemplate("{{ 1 }}").source == "{{ 1 }}"

@@ -48,8 +48,16 @@ class ByteTokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(token for token in token_ids if token < 256).decode(errors="replace")
 
+    def chat_template(self, *, with_tools: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(source="", names=frozenset({"messages"}))
+
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
     ) -> str:
         if any(message["content"] == "refuse me" for message in messages):
             raise ChatTemplateError("the template does not like this")
@@ -229,7 +237,7 @@ class ScriptedEngine:
         if self.state is EngineState.DEAD:
             raise EngineDeadError("dead")
         limits = AdmissionLimits(
-            vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN, max_logprobs=self.config.max_logprobs
+            vocab_size=VOCAB_SIZE, max_model_len=self.max_model_len, max_logprobs=self.config.max_logprobs
         )
         limits.check(prompt_token_ids, params)
 

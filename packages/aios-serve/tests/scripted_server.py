@@ -1,5 +1,9 @@
-"""`run_server` around the scripted engine, as a program. Its argument is JSON: `{"engine": {...}, "server": {...}}`."""
+"""`run_server` around the scripted engine, as a program. Its argument is JSON: `{"engine": {...}, "server": {...}}`.
 
+`"template"` beside them names one of `support/chat_templates.py`.
+"""
+
+import importlib
 import importlib.util
 import json
 import sys
@@ -23,6 +27,11 @@ def main():
     engine = options.get("engine", {})
     if "load_error" in engine:
         engine["load_error"] = ModelNotFoundError(engine["load_error"])
+    if "template" in options:
+        sys.path.append(str(Path(__file__).with_name("support")))
+        chat_templates = importlib.import_module("chat_templates")
+        engine["tokenizer"] = chat_templates.byte_tokenizer(getattr(chat_templates, options["template"]))
+        engine["max_model_len"] = 4096
     config = {
         name: Path(value) if name in ("uds", "tenants", "ssl_certfile", "ssl_keyfile") else value
         for name, value in options.get("server", {}).items()

@@ -116,6 +116,22 @@ def test_every_flag_arrives(run, tmp_path):
     assert level == "warning"
 
 
+def test_parsers_of_tools_and_thoughts_arrive(run):
+    server = run("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--reasoning-parser", "qwen3")[1]
+    assert (server.enable_auto_tool_choice, server.tool_call_parser, server.reasoning_parser) == (
+        True,
+        "hermes",
+        "qwen3",
+    )
+    assert run("--no-enable-auto-tool-choice")[1].enable_auto_tool_choice is False
+
+
+def test_unknown_parsers_are_refused_with_the_known_ones(complain):
+    assert "--tool-call-parser='magic'" in complain("--tool-call-parser", "magic")
+    assert "llama3_json" in complain("--tool-call-parser", "magic")
+    assert "deepseek_r1" in complain("--reasoning-parser", "magic")
+
+
 def test_weights_can_be_offloaded(run):
     assert run("--cpu-offload-gb", "2.5")[0].cpu_offload_gb == 2.5
     assert run()[0].cpu_offload_gb == 0

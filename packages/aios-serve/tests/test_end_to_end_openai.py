@@ -136,6 +136,18 @@ def test_chat_stream_gives_the_same_text_and_the_usage(client):
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
 
 
+def test_response_whole_and_streamed_says_what_a_chat_says(client):
+    text = chat(client).choices[0].message.content
+    options = {"model": MODEL, "input": QUESTION[0]["content"], "temperature": 0, "max_output_tokens": 16}
+    whole = client.responses.create(**options)
+    assert whole.output_text.startswith(text)
+    assert 0 < whole.usage.output_tokens <= 16
+    with client.responses.create(**options, stream=True) as stream:
+        events = list(stream)
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert events[-1].response.usage.output_tokens == whole.usage.output_tokens
+
+
 def test_completion_of_several_prompts_whole_and_streamed(client):
     options = {"model": MODEL, "prompt": ["One, two, three,", "A, B, C,"], "temperature": 0, "max_tokens": 8}
     whole = client.completions.create(**options)
@@ -210,7 +222,7 @@ def test_errors_are_the_clients_own_classes(client, server):
     with pytest.raises(openai.BadRequestError, match="1024 tokens") as caught:
         chat(client, max_tokens=5000)
     assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools"):
+    with pytest.raises(openai.BadRequestError, match="knows of no tools"):
         chat(client, tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
     with pytest.raises(openai.BadRequestError, match="vocabulary"):
         client.completions.create(model=MODEL, prompt=[10**6])

@@ -216,8 +216,6 @@ async def test_other_modalities_are_refused_by_name(client, part):
             )
         ],
         (COMPLETIONS, "suffix", "x"),
-        (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}]),
-        (CHAT, "tool_choice", "required"),
         (CHAT, "functions", [{"name": "f"}]),
         (CHAT, "chat_template", "{{ 1 }}"),
         (CHAT, "documents", [{"text": "x"}]),

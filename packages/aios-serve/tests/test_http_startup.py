@@ -9,12 +9,15 @@ import shlex
 from dataclasses import replace
 from types import SimpleNamespace
 
+import chat_templates
 import pytest
 from rich.console import Console
 
+from aios_serve.answers.plan import describe_formats
 from aios_serve.async_engine import EngineState
 from aios_serve.listen import Address
 from aios_serve.logging_setup import configure_logging
+from aios_serve.server_config import ServerConfig
 from aios_serve.startup_report import curl_example, ready_lines, show_progress
 
 ADDRESS = Address(url="http://127.0.0.1:8000")
@@ -75,6 +78,29 @@ async def test_report_says_what_is_offloaded(engine):
     )
     lines = "\n".join(ready_lines(report, ADDRESS, needs_key=False))
     assert "offload   1,700 MB of them in host memory (--cpu-offload-gb 1.5), through 100 MB of buffers" in lines
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "words"),
+    [
+        ("HERMES", {}, "tools as hermes (auto)"),
+        ("THINKING_WITH_TOOLS", {"tool_call_parser": "mistral"}, "tools as mistral, thoughts as qwen3 (auto)"),
+        ("THINKING", {"reasoning_parser": "deepseek_r1"}, "thoughts as deepseek_r1"),
+        ("HERMES", {"enable_auto_tool_choice": False}, None),
+        ("PLAIN", {}, None),
+        (
+            "PLAIN",
+            {"tool_call_parser": "hermes"},
+            "no tools, whatever --tool-call-parser says: the chat template knows",
+        ),
+    ],
+)
+async def test_report_says_how_answers_are_read(engine, template, options, words):
+    formats = describe_formats(
+        chat_templates.byte_tokenizer(getattr(chat_templates, template)), ServerConfig(**options)
+    )
+    lines = "\n".join(ready_lines(engine, ADDRESS, needs_key=False, formats=formats))
+    assert f"  answers   {words}" in lines if words else "answers" not in lines
 
 
 async def test_report_names_replicas(engine):

@@ -17,7 +17,7 @@ from aios_serve.tenants.file_format import parse_tenants
 from aios_serve.tenants.keys import digest_of
 from aios_serve.tenants.registry import TenantRegistry
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10}
 PROMPT_TOKENS = len("<user>Hi<assistant>")
 
@@ -185,7 +185,11 @@ async def test_an_answer_without_a_length_is_as_long_as_the_minute_allows(place)
 async def test_max_context_bounds_prompt_and_answer(place):
     place.write(alice="max_context = 30").open()
     assert (await place.post("alice", max_tokens=30 - PROMPT_TOKENS)).status_code == 200
-    for path, body in ((CHAT, HELLO | {"max_tokens": 30}), (COMPLETIONS, {"prompt": "x" * 30, "max_tokens": 5})):
+    for path, body in (
+        (CHAT, HELLO | {"max_tokens": 30}),
+        (COMPLETIONS, {"prompt": "x" * 30, "max_tokens": 5}),
+        (RESPONSES, {"input": "Hi", "max_output_tokens": 30}),
+    ):
         reply = error(await place.post("alice", path, body), 400)
         assert reply["code"] == "context_length_exceeded"
         assert "tenant 'alice'" in reply["message"]
@@ -199,8 +203,8 @@ async def test_models_of_a_tenant(place):
     }
     assert names == {"alice": ["tiny"], "bob": []}
     assert (await place.post("alice")).json()["model"] == "tiny"
-    for path in (CHAT, COMPLETIONS, "/tokenize"):
-        body = {"prompt": "x"} if path != CHAT else HELLO
+    for path in (CHAT, COMPLETIONS, RESPONSES, "/tokenize"):
+        body = {CHAT: HELLO, RESPONSES: {"input": "x"}}.get(path, {"prompt": "x"})
         reply = error(await place.post("alice", path, body, model="org/tiny"), 404)
         assert reply["code"] == "model_not_found"
         assert "served: 'tiny'" in reply["message"]

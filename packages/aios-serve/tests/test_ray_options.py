@@ -24,6 +24,9 @@ def test_words_of_a_command_line_become_numbers():
             "num_gpus": "0.5",
             "api_key": "secret",
             "shutdown_timeout": "5",
+            "tool_call_parser": "hermes",
+            "enable_auto_tool_choice": "false",
+            "reasoning_parser": "qwen3",
         }
     )
     assert config.engine.model == "org/name"
@@ -35,6 +38,8 @@ def test_words_of_a_command_line_become_numbers():
     assert config.target_ongoing_requests == 8
     assert config.server.api_keys == ("secret",)
     assert config.server.shutdown_timeout == 5
+    assert (config.server.tool_call_parser, config.server.reasoning_parser) == ("hermes", "qwen3")
+    assert config.server.enable_auto_tool_choice is False
 
 
 def test_values_of_a_file_keep_their_types():

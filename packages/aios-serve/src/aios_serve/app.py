@@ -14,7 +14,7 @@ from aios_serve.error_responses import LastResort, install_error_handlers
 from aios_serve.metrics import ServerMetrics
 from aios_serve.request_body import LimitBody
 from aios_serve.request_id import EchoRequestId
-from aios_serve.routes import chat, completions, health, metrics, models, tokenize
+from aios_serve.routes import chat, completions, health, metrics, models, responses, tokenize
 from aios_serve.serving import Serving
 from aios_serve.tenants.gate import TenantGate
 from aios_serve.tenants.registry import TenantRegistry
@@ -49,7 +49,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, registry: TenantRegist
     server_metrics = ServerMetrics(engine, registry)
     engine.subscribe(server_metrics)
     app.state.serving = Serving(engine=engine, config=config, metrics=server_metrics)
-    for module in (chat, completions, tokenize, models, health, metrics):
+    for module in (chat, completions, responses, tokenize, models, health, metrics):
         app.include_router(module.router)
     install_error_handlers(app)
     return app

@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
+from aios_serve.answers.choice_parser import ChoiceParser
+from aios_serve.answers.messages import ChatDeltas, message_of
 from aios_serve.logprobs import chat_logprobs
 from aios_serve.openai_responses import (
-    AssistantMessage,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatDelta,
     ChatLogprobs,
+    CompletionTokensDetails,
+    Usage,
 )
+from aios_serve.tool_calls.registry import new_call_id
 
 if TYPE_CHECKING:
     from aios_model.sampling.rows import TokenLogprobs
     from aios_model.tokenizer.tokenizer import Tokenizer
+    from aios_serve.answers.plan import AnswerPlan
     from aios_serve.generation import Choice, ChoiceDelta, UsageCounter
     from aios_serve.openai_types import ChatCompletionRequest
 
@@ -37,7 +42,14 @@ class ChatReply:
     num_choices: int
     tokenizer: Tokenizer
     counter: UsageCounter
+    plan: AnswerPlan
     _unsent_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    _parsers: list[ChoiceParser] = field(init=False)
+    _deltas: ChatDeltas = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._parsers = [ChoiceParser(self.plan, self.tokenizer) for _ in range(self.num_choices)]
+        self._deltas = ChatDeltas(self._new_call_id)
 
     def whole(self, choices: Sequence[Choice]) -> ChatCompletion:
         """The answer in one piece."""
@@ -45,17 +57,8 @@ class ChatReply:
             id=self.id,
             created=self.created,
             model=self.model,
-            choices=[
-                ChatChoice(
-                    index=choice.index,
-                    message=AssistantMessage(content=choice.text),
-                    logprobs=self._logprobs(choice.logprobs),
-                    finish_reason=choice.finish_reason,
-                    stop_reason=choice.stop_reason,
-                )
-                for choice in choices
-            ],
-            usage=self.counter.usage(),
+            choices=[self._whole_choice(choice) for choice in choices],
+            usage=self._usage(),
         )
 
     def begin(self) -> list[ChatCompletionChunk]:
@@ -66,16 +69,19 @@ class ChatReply:
     def chunk(self, delta: ChoiceDelta) -> ChatCompletionChunk | None:
         """The chunk of one delta. Text that is still held back makes none; its logprobs wait for the text."""
         self.counter.add(delta)
-        gained = delta.gained
+        gained, parser = delta.gained, self._parsers[delta.index]
+        pieces = parser.push(gained.text, gained.token_ids)
+        if gained.finish_reason is not None:
+            pieces += parser.finish()
         waiting = self._unsent_logprobs.pop(delta.index, []) + (gained.logprobs or [])
-        if not gained.text and gained.finish_reason is None:
+        if not pieces and gained.finish_reason is None:
             self._unsent_logprobs[delta.index] = waiting
             return None
         choice = ChatChunkChoice(
             index=delta.index,
-            delta=ChatDelta(content=gained.text),
+            delta=self._deltas.delta(pieces),
             logprobs=self._logprobs(waiting),
-            finish_reason=gained.finish_reason,
+            finish_reason=parser.finish_reason(gained.finish_reason),
             stop_reason=gained.stop_reason if gained.finish_reason else UNSET,
         )
         return self._chunk([choice])
@@ -85,12 +91,33 @@ class ChatReply:
         if not self.request.wants_usage:
             return []
         chunk = self._chunk([])
-        chunk.usage = self.counter.usage()
+        chunk.usage = self._usage()
         return [chunk]
 
+    def _whole_choice(self, choice: Choice) -> ChatChoice:
+        parser = self._parsers[choice.index]
+        pieces = [*parser.push(choice.text, choice.token_ids), *parser.finish()]
+        return ChatChoice(
+            index=choice.index,
+            message=message_of(pieces, self._new_call_id, was_cut=choice.finish_reason == "length"),
+            logprobs=self._logprobs(choice.logprobs),
+            finish_reason=parser.finish_reason(choice.finish_reason),
+            stop_reason=choice.stop_reason,
+        )
+
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatCompletionChunk:
-        usage = self.counter.usage() if self.request.wants_continuous_usage else UNSET
+        usage = self._usage() if self.request.wants_continuous_usage else UNSET
         return ChatCompletionChunk(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage)
+
+    def _usage(self) -> Usage:
+        usage = self.counter.usage()
+        if self.plan.reasoning is not None:
+            tokens = sum(parser.num_reasoning_tokens for parser in self._parsers)
+            usage.completion_tokens_details = CompletionTokensDetails(reasoning_tokens=tokens)
+        return usage
+
+    def _new_call_id(self) -> str:
+        return new_call_id(self.plan.tool_call_parser)
 
     def _logprobs(self, entries: Sequence[TokenLogprobs]) -> ChatLogprobs | None:
         return chat_logprobs(entries, self.tokenizer) if self.request.logprobs else None

@@ -16,7 +16,7 @@ import typer
 
 from aios_model.command_line import run_command
 from aios_model.errors import ConfigError
-from aios_serve.cli_options import batching, http, memory, parallelism, process
+from aios_serve.cli_options import answers, batching, http, memory, parallelism, process
 from aios_serve.cli_options import model as model_options
 from aios_serve.config import EngineConfig, parse_count, read_speculative
 from aios_serve.server_config import ServerConfig
@@ -92,6 +92,9 @@ def serve(
     ssl_certfile: http.SSLCertfile = None,
     ssl_keyfile: http.SSLKeyfile = None,
     shutdown_timeout: http.ShutdownTimeout = SERVER.shutdown_timeout,
+    tool_call_parser: answers.ToolCallParser = None,
+    enable_auto_tool_choice: answers.EnableAutoToolChoice = SERVER.enable_auto_tool_choice,
+    reasoning_parser: answers.ReasoningParser = None,
     device_memory_utilization: memory.DeviceMemoryUtilization = None,
     kv_cache_memory_bytes: memory.KVCacheMemoryBytes = None,
     cpu_offload_gb: memory.CPUOffloadGB = ENGINE.cpu_offload_gb,
@@ -192,6 +195,9 @@ def serve(
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         shutdown_timeout=shutdown_timeout,
+        tool_call_parser=tool_call_parser,
+        enable_auto_tool_choice=enable_auto_tool_choice,
+        reasoning_parser=reasoning_parser,
     )
     return _run(engine_config, server_config, log_level)
 

@@ -157,6 +157,7 @@ class Choice:
 
     index: int
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -194,6 +195,7 @@ async def collect(deltas: AsyncGenerator[ChoiceDelta], num_choices: int, counter
             counter.add(delta)
             choice, gained = choices[delta.index], delta.gained
             pieces[delta.index].append(gained.text)
+            choice.token_ids += gained.token_ids
             choice.logprobs.extend(gained.logprobs or ())
             choice.finish_reason = gained.finish_reason or choice.finish_reason
             choice.stop_reason = gained.stop_reason if gained.stop_reason is not None else choice.stop_reason

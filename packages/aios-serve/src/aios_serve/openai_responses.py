@@ -17,6 +17,12 @@ class PromptTokensDetails(Struct, kw_only=True):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct, kw_only=True):
+    """What part of the answer nobody asked to see."""
+
+    reasoning_tokens: int
+
+
 class Usage(Struct, kw_only=True):
     """Tokens read and written. Prompts count once, however many choices were drawn from them."""
 
@@ -24,6 +30,7 @@ class Usage(Struct, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 # --- completions ---
@@ -82,12 +89,33 @@ class ChatLogprobs(Struct, kw_only=True):
     content: list[TokenLogprob]
 
 
+class FunctionCall(Struct, kw_only=True):
+    """A function and its arguments: JSON, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, kw_only=True):
+    """A call that the model wants made."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class AssistantMessage(Struct, kw_only=True):
-    """The whole answer of one choice."""
+    """The whole answer of one choice.
+
+    Thoughts go by two names: vLLM's `reasoning`, and `reasoning_content`, which it had before and many clients read.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, kw_only=True):
@@ -111,11 +139,30 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
 
 
+class FunctionCallDelta(Struct, kw_only=True):
+    """The name in the first delta of a call, and the next characters of the arguments."""
+
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(Struct, kw_only=True):
+    """The piece of a call in a chunk; id, type and name come once."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: FunctionCallDelta
+
+
 class ChatDelta(Struct, kw_only=True):
-    """The piece of a message in a chunk: the role in the first chunk of a choice, text in the others."""
+    """The piece of a message in a chunk: the role in the first chunk of a choice, text and calls in the others."""
 
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, kw_only=True):

@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from aios_serve.tool_calls.tools import ToolChoice, check_tool_calls, check_tools, read_tool_choice
 
 MAX_PROMPTS = 1024
 """Most prompts of one completion request: each is a request to the engine, so a million is an attack or an accident."""
@@ -18,6 +29,31 @@ Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 # Failing fast: a list of a million wrong items is one error, not a million.
 TokenIds = Annotated[list[int], Field(fail_fast=True)]
 Words = Annotated[list[str], Field(fail_fast=True)]
+# Checked by hand: templates are given tools as they came, and what is wrong is said with the tool's number.
+Tools = Annotated[
+    list[dict[str, Any]] | None,
+    WithJsonSchema(
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {
+                    "type": {"const": "function"},
+                    "function": {
+                        "type": "object",
+                        "properties": {
+                            "name": {"type": "string"},
+                            "description": {"type": "string"},
+                            "parameters": {"type": "object", "description": "JSON schema of the arguments"},
+                        },
+                        "required": ["name"],
+                    },
+                },
+                "required": ["type", "function"],
+            },
+        }
+    ),
+]
 
 
 class ApiModel(BaseModel):
@@ -170,7 +206,7 @@ class CompletionRequest(SamplingFields):
 
 
 class ChatMessage(ApiModel):
-    """One turn of a conversation. Unknown members (`name`, `tool_call_id`, ...) reach the template as they are."""
+    """One turn of a conversation. Other members (`name`, `tool_calls`, `tool_call_id`, ...) reach the template, too."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -190,16 +226,26 @@ class ChatMessage(ApiModel):
     def _something_to_say(self) -> ChatMessage:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a {self.role} message needs content")
-        if (self.model_extra or {}).get("tool_calls"):
-            raise ValueError("tool_calls in messages are not supported by this server yet; leave them out")
+        if self.tool_calls:
+            if self.role != "assistant":
+                raise ValueError(f"a {self.role} message cannot have tool_calls; an assistant message can")
+            check_tool_calls(self.tool_calls)
         return self
+
+    @property
+    def tool_calls(self) -> Any:
+        """Calls that the assistant made; nothing for other messages."""
+        return (self.model_extra or {}).get("tool_calls")
 
     def for_template(self) -> dict[str, Any]:
         """The message as templates expect it: text as one string, "developer" under its older name "system"."""
         message = dict(self.model_extra or {})
         message["role"] = "system" if self.role == "developer" else self.role
         message["content"] = self.content or ""
-        return message
+        if not self.tool_calls:
+            message.pop("tool_calls", None)
+        reasoning = message.get("reasoning_content") or message.get("reasoning")  # older and newer name of one thing
+        return message | ({"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {})
 
 
 class TemplateFields(ApiModel):
@@ -209,6 +255,19 @@ class TemplateFields(ApiModel):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools = None
+
+    @field_validator("tools", mode="before")
+    @classmethod
+    def _valid_tools(cls, value: object) -> object:
+        if value is not None:
+            check_tools(value)
+        return value or None
+
+    @property
+    def tools_for_template(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told about."""
+        return self.tools
 
     @model_validator(mode="after")
     def _one_way_to_go_on(self) -> TemplateFields:
@@ -223,6 +282,26 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _valid_choice(cls, value: object, info: ValidationInfo) -> object:
+        if "tools" in info.data:  # else they are wrong themselves
+            read_tool_choice(value, info.data["tools"] or [])
+        return value
+
+    @property
+    def choice_of_tools(self) -> ToolChoice:
+        """Whether the model may call, must call, or must call one function."""
+        return read_tool_choice(self.tool_choice, self.tools or [])
+
+    @property
+    def tools_for_template(self) -> list[dict[str, Any]] | None:
+        """None where no call is wanted: a model that is not told of tools does not try to use them."""
+        return None if self.choice_of_tools.mode == "none" else self.tools
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> ChatCompletionRequest:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from aios_model.errors import InvalidRequestError
 from aios_serve.error_responses import ApiError
+from aios_serve.tool_calls.ids import with_fitting_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aios_model.tokenizer.chat_template import ChatTemplate
     from aios_model.tokenizer.tokenizer import Tokenizer
     from aios_serve.openai_types import CompletionRequest, SamplingFields, TemplateFields
 
@@ -27,6 +29,11 @@ tokenized, which takes 0.4 s per million characters."""
 RESERVED_TEMPLATE_NAMES = ("tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
 """What `chat_template_kwargs` may not smuggle past the fields of the request (GHSA-69j4-grxj-j64p). Names that
 templates themselves rely on (`messages`, `bos_token`, ...) are guarded by the tokenizer."""
+
+NO_TOOLS = (
+    "this model's chat template knows of no tools, so the model would never see them; leave them out, serve a model "
+    "that was trained to use tools, or start the server with --chat-template FILE"
+)
 
 
 async def encode_prompts(
@@ -57,7 +64,7 @@ async def encode_chat(tokenizer: Tokenizer, body: TemplateFields, *, most_tokens
 
     Raises:
         ApiError: the messages cannot fit into `most_tokens`, however they are tokenized.
-        InvalidRequestError: `chat_template_kwargs` replaces a reserved name.
+        InvalidRequestError: `chat_template_kwargs` replaces a reserved name, or the template knows of no tools.
         ChatTemplateError: there is no template, or it refused the messages.
     """
     variables = body.chat_template_kwargs or {}
@@ -67,15 +74,21 @@ async def encode_chat(tokenizer: Tokenizer, body: TemplateFields, *, most_tokens
                 f"chat_template_kwargs must not set {name!r}: the server sets it", param="chat_template_kwargs"
             )
     messages = [message.for_template() for message in body.messages]
-    num_characters = sum(len(message["content"]) for message in messages)
+    tools = body.tools_for_template
+    template = tokenizer.chat_template(with_tools=bool(tools))
+    _refuse_unknown_to_template(template, messages, tools)
+    messages = with_fitting_ids(messages, template.source)
+    num_characters = sum(map(_num_characters, messages))
     _refuse_hopeless(num_characters, most_tokens, param="messages")
 
     def encode() -> list[int]:
         if body.continue_final_message:
-            return _encode_open_chat(tokenizer, messages, variables)
+            return _encode_open_chat(tokenizer, messages, variables, tools)
         add_generation_prompt = body.add_generation_prompt is not False
-        return tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables)
 
+    if tools:
+        num_characters += LONG_TEXT  # they are long, and rendering them takes longer than tokenizing
     return await _off_the_loop(encode, num_characters=num_characters)
 
 
@@ -151,11 +164,34 @@ def _refuse_hopeless(num_characters: int, most_tokens: int | None, *, param: str
         )
 
 
+def _refuse_unknown_to_template(
+    template: ChatTemplate, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """A template that knows of no tools, or of no calls, would leave them out without a word."""
+    if tools and "tools" not in template.names:
+        raise InvalidRequestError(NO_TOOLS, param="tools")
+    if "tool_calls" not in template.source and any(message.get("tool_calls") for message in messages):
+        raise InvalidRequestError(
+            "this model's chat template knows of no tool calls, so the model would never see those of the assistant's "
+            "messages; leave them out, or write them into content",
+            param="messages",
+        )
+
+
+def _num_characters(message: Mapping[str, Any]) -> int:
+    calls = message.get("tool_calls") or ()
+    arguments = (call["function"].get("arguments") or "" for call in calls)
+    return len(message["content"]) + sum(len(text) for text in arguments if isinstance(text, str))
+
+
 def _encode_open_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] | None,
 ) -> list[int]:
     """The conversation cut right behind the last message's text, so that the model goes on with that message."""
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=False, **variables)
+    text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=False, **variables)
     last = messages[-1]["content"].strip()
     found = text.rfind(last) if last else -1
     if found < 0:

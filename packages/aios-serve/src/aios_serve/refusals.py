@@ -1,6 +1,6 @@
 """Fields that are known, cannot be honoured, and so are refused by name instead of ignored.
 
-A client that asks for JSON and gets prose, or asks for tools and gets none, has been lied to. Each entry says which
+A client that asks for JSON and gets prose has been lied to. Each entry says which
 values mean "not asked for" and what to do instead. What a later layer learns to do loses its entry here and gains a
 field in `openai_types.py`.
 """
@@ -26,7 +26,7 @@ class Refusal:
 
 
 _GUIDED = "it has gone from vLLM, too; write structured_outputs: {{{0!r}: ...}}"
-_TOOLS = "tool calling is not supported yet; leave it out"
+_FUNCTIONS = "it is the old form of tools; send tools and tool_choice"
 _MULTIMODAL = "this server reads and writes text only"
 _PROMPT_LOGPROBS = "log-probabilities of prompt tokens are not supported yet"
 _BEAM = "beam search is not supported; sample with n > 1 instead"
@@ -51,7 +51,6 @@ _GENERATION: Mapping[str, Refusal] = {
 
 _TEMPLATE: Mapping[str, Refusal] = {
     "chat_template": Refusal("a template in a request would run there; start the server with --chat-template"),
-    "tools": Refusal(_TOOLS, ([],)),
     "documents": Refusal("documents are not passed to templates; put them into a message", ([],)),
     "mm_processor_kwargs": Refusal(_MULTIMODAL, ({},)),
 }
@@ -67,9 +66,8 @@ CHAT: Mapping[str, Refusal] = {
     **_GENERATION,
     **_TEMPLATE,
     "best_of": COMPLETION["best_of"],
-    "tool_choice": Refusal(_TOOLS, ("none", "auto")),
-    "functions": Refusal(_TOOLS, ([],)),
-    "function_call": Refusal(_TOOLS, ("none", "auto")),
+    "functions": Refusal(_FUNCTIONS, ([],)),
+    "function_call": Refusal(_FUNCTIONS, ("none", "auto")),
     "modalities": Refusal(_MULTIMODAL, (["text"], [])),
     "audio": Refusal(_MULTIMODAL),
     "echo": Refusal("the last message is not repeated in the answer", (False,)),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 
 from aios_model.errors import AiosError
+from aios_serve.answers.plan import describe_formats
 from aios_serve.app import create_app
 from aios_serve.async_engine import AsyncEngine
 from aios_serve.errors import EngineDeadError
@@ -106,7 +107,8 @@ class _Server:
             return
         finally:
             progress.cancel()
-        show_ready(self._engine, address, self._console, needs_key=self._config.needs_key)
+        formats = describe_formats(self._engine.tokenizer, self._config)
+        show_ready(self._engine, address, self._console, needs_key=self._config.needs_key, formats=formats)
         for name in self._registry.models_not_served(self._engine.model_names):
             logger.warning("tenants may use the model %r, which is not served here", name)
 

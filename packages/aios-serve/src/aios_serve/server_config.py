@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from aios_model.errors import ConfigError
+from aios_serve.reasoning.registry import REASONING_PARSERS
+from aios_serve.tool_calls.registry import TOOL_CALL_PARSERS
 
 MEBIBYTE = 2**20
 
@@ -25,6 +28,10 @@ class ServerConfig:
         ssl_keyfile: Its private key.
         shutdown_timeout: Seconds that running requests may go on after SIGTERM before they are aborted.
         max_body_bytes: Largest request body.
+        tool_call_parser: How the model writes calls, one of `TOOL_CALL_PARSERS`; None goes by its chat template.
+        enable_auto_tool_choice: Whether `tool_choice: "auto"`, the default of requests with tools, is honoured.
+        reasoning_parser: How the model marks its thoughts, of `REASONING_PARSERS`; "none" for not at all, None goes by
+            its chat template.
         keep_alive_interval: Seconds of silence after which a stream sends a comment, so that proxies keep it open.
     """
 
@@ -38,6 +45,9 @@ class ServerConfig:
     ssl_keyfile: Path | None = None
     shutdown_timeout: float = 30.0
     max_body_bytes: int = 10 * MEBIBYTE
+    tool_call_parser: str | None = None
+    enable_auto_tool_choice: bool = True
+    reasoning_parser: str | None = None
     keep_alive_interval: float = 15.0
 
     def __post_init__(self) -> None:
@@ -49,6 +59,8 @@ class ServerConfig:
             raise ConfigError("an API key is empty or has blanks around it; give a key such as the output of uuidgen")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("HTTPS needs both ssl_certfile and ssl_keyfile; give the other one too")
+        _check_name("tool_call_parser", self.tool_call_parser, TOOL_CALL_PARSERS)
+        _check_name("reasoning_parser", self.reasoning_parser, (*REASONING_PARSERS, "none"))
         for path in (self.ssl_certfile, self.ssl_keyfile):
             if path is not None and not path.is_file():
                 raise ConfigError(f"there is no file {path}; give the path of a PEM file")
@@ -62,3 +74,8 @@ class ServerConfig:
     def uses_https(self) -> bool:
         """Whether connections are encrypted."""
         return self.ssl_certfile is not None
+
+
+def _check_name(option: str, value: str | None, known: Sequence[str]) -> None:
+    if value is not None and value not in known:
+        raise ConfigError(f"{option}={value!r} cannot be used: choose one of {', '.join(known)}")

@@ -65,10 +65,10 @@ class Serving:
         return model
 
 
-def new_id(prefix: str, request: Request) -> str:
+def new_id(prefix: str, request: Request, *, separator: str = "-") -> str:
     """An id for one answer. Never taken from the client: two requests with one X-Request-Id are two requests."""
     identity = identity_of(request.scope)
-    return f"{prefix}-{uuid.uuid4().hex if identity is None else identity.id}"
+    return f"{prefix}{separator}{uuid.uuid4().hex if identity is None else identity.id}"
 
 
 async def _serving(request: Request) -> Serving:

@@ -48,14 +48,16 @@ def show_listening(address: Address, console: Console) -> None:
     _print(console, f"listening on {address.url}; answering 503 until the model is loaded")
 
 
-def show_ready(engine: AsyncEngine, address: Address, console: Console, *, needs_key: bool) -> None:
+def show_ready(
+    engine: AsyncEngine, address: Address, console: Console, *, needs_key: bool, formats: str | None = None
+) -> None:
     """Say what was loaded, how memory is used, what was chosen automatically, and how to ask the first question."""
-    for line in ready_lines(engine, address, needs_key=needs_key):
+    for line in ready_lines(engine, address, needs_key=needs_key, formats=formats):
         _print(console, line)
 
 
-def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> Iterator[str]:
-    """The lines of `show_ready`."""
+def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool, formats: str | None = None) -> Iterator[str]:
+    """The lines of `show_ready`; `formats` says how tools and thoughts are written, see `answers.plan`."""
     info, config = engine.info, engine.config
     auto = " (auto)"
     yield f"ready in {info.import_seconds + info.load_seconds:.1f} s, {info.import_seconds:.1f} s of it to import torch"
@@ -86,6 +88,8 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
         f"{info.max_num_seqs} requests at once, {info.max_num_batched_tokens} tokens per step"
         f"{auto if config.max_num_batched_tokens is None else ''}"
     )
+    if formats:
+        yield f"  answers   {formats}"
     if (drafts := config.speculative) is not None:
         yield f"  drafts    {drafts.method}, up to {drafts.num_speculative_tokens} tokens of a request in a step"
     yield f"  endpoint  {address.url}/v1" + (" (needs an API key)" if needs_key else "")

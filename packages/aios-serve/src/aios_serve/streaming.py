@@ -47,18 +47,23 @@ class ChunkWriter(Protocol):
 async def stream_response(
     request: Request, deltas: AsyncGenerator[ChoiceDelta], writer: ChunkWriter, *, keep_alive_interval: float
 ) -> Response:
-    """Wait for the first delta, then answer with a stream of the rest.
+    """Wait for the first delta, then answer with a stream of the rest; raises what `first_delta` does."""
+    first = await first_delta(request, deltas)
+    return EventStreamResponse(_events(first, deltas, writer), keep_alive_interval=keep_alive_interval)
+
+
+async def first_delta(request: Request, deltas: AsyncGenerator[ChoiceDelta]) -> ChoiceDelta:
+    """The first delta of a stream, before anything is sent.
 
     Raises:
-        ClientDisconnectedError: the client went away before the first delta.
+        ClientDisconnectedError: the client went away before it.
         Exception: whatever the engine refused the request with.
     """
     try:
-        first = await unless_disconnected(request, anext(deltas))
+        return await unless_disconnected(request, anext(deltas))
     except BaseException:
         await deltas.aclose()
         raise
-    return EventStreamResponse(_events(first, deltas, writer), keep_alive_interval=keep_alive_interval)
 
 
 class EventStreamResponse(Response):

@@ -19,6 +19,10 @@ class ChatTemplate:
     """A jinja template that turns messages into a prompt, with what `transformers` offers templates.
 
     It is compiled once and may be rendered from several threads. The template is not trusted: see `template_sandbox`.
+
+    Attributes:
+        source: The template.
+        names: Every name it reads or sets: with "tools" among them it knows of tools.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class ChatTemplate:
         Raises:
             ChatTemplateError: The template is not valid jinja.
         """
+        self.source = source
         self._special_tokens = dict(special_tokens or {})
         self._limits = limits or TemplateLimits()
         self._sandbox = TemplateSandbox(self._limits)
@@ -44,7 +49,9 @@ class ChatTemplate:
         self._sandbox.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         try:
             self._template = self._sandbox.from_string(source)
-            self._shape: ContentShape = _content_shape(self._sandbox.parse(source))
+            parsed = self._sandbox.parse(source)
+            self._shape: ContentShape = _content_shape(parsed)
+            self.names = frozenset(node.name for node in parsed.find_all(nodes.Name))
         except Exception as error:  # nesting beyond Python's limits raises whatever Python happens to raise
             raise ChatTemplateError(f"the model's chat template is not valid: {_describe(error)}") from error
 

@@ -103,6 +103,23 @@ class Tokenizer:
         """Whether `apply_chat_template` can work at all."""
         return bool(self._template_sources)
 
+    def chat_template(self, *, with_tools: bool = False) -> ChatTemplate:
+        """The template that a conversation goes through: with tools its `tool_use` template, where it has one.
+
+        Raises:
+            ChatTemplateError: There is none, or it is not valid.
+        """
+        if not self._template_sources:
+            raise ChatTemplateError(
+                "the model has no chat template, so it cannot take messages; use plain completions, "
+                "or start with --chat-template FILE"
+            )
+        name = "tool_use" if with_tools and "tool_use" in self._template_sources else "default"
+        if name not in self._template_sources:
+            known = ", ".join(sorted(self._template_sources))
+            raise ChatTemplateError(f"the model has several chat templates ({known}) and none is called 'default'")
+        return self._compiled[name]
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -124,7 +141,7 @@ class Tokenizer:
             ChatTemplateError: There is no template, or it refused the messages: the text is the template's own.
             InvalidRequestError: A message is malformed, or `kwargs` override what is not theirs.
         """
-        template = self._chat_template(with_tools=bool(tools))
+        template = self.chat_template(with_tools=bool(tools))
         return template.render(messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=kwargs)
 
     def encode_chat(
@@ -154,18 +171,6 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """One token alone as the bytes it adds to a running text; empty outside the vocabulary."""
         return self.pieces[token_id]
-
-    def _chat_template(self, *, with_tools: bool) -> ChatTemplate:
-        if not self._template_sources:
-            raise ChatTemplateError(
-                "the model has no chat template, so it cannot take messages; use plain completions, "
-                "or start with --chat-template FILE"
-            )
-        name = "tool_use" if with_tools and "tool_use" in self._template_sources else "default"
-        if name not in self._template_sources:
-            known = ", ".join(sorted(self._template_sources))
-            raise ChatTemplateError(f"the model has several chat templates ({known}) and none is called 'default'")
-        return self._compiled[name]
 
     @cached_property
     def _compiled(self) -> _CompiledTemplates:

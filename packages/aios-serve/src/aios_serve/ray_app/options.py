@@ -13,7 +13,8 @@ from aios_serve.config import EngineConfig, parse_count
 from aios_serve.server_config import ServerConfig
 
 _LISTENING = ("host", "port", "uds", "ssl_certfile", "ssl_keyfile")
-_SERVER_OPTIONS = ("api_key", "allowed_origins", "shutdown_timeout")
+_PARSERS = ("tool_call_parser", "enable_auto_tool_choice", "reasoning_parser")
+_SERVER_OPTIONS = ("api_key", "allowed_origins", "shutdown_timeout", *_PARSERS)
 _COUNTS = ("max_model_len", "kv_cache_memory_bytes")
 
 
@@ -69,8 +70,8 @@ class RayServeConfig:
     def from_args(cls, args: Mapping[str, Any]) -> RayServeConfig:
         """Build from the arguments of `serve run … NAME=VALUE` (strings) or of a YAML file.
 
-        Names are the fields of EngineConfig and of this class, and `api_key`, `allowed_origins` and
-        `shutdown_timeout` of the server.
+        Names are the fields of EngineConfig and of this class, and `api_key`, `allowed_origins`,
+        `shutdown_timeout` and the parsers of tools and thoughts of the server.
 
         Raises:
             ConfigError: an unknown name, with the closest known one, or a value that cannot be honoured.
@@ -149,7 +150,7 @@ def _read_number(name: str, text: str, kind: type[int] | type[float]) -> float:
 
 
 def _server_config(options: Mapping[str, Any]) -> ServerConfig:
-    known: dict[str, Any] = {}
+    known: dict[str, Any] = {name: options[name] for name in _PARSERS if name in options}
     if "shutdown_timeout" in options:
         _check("shutdown_timeout", options["shutdown_timeout"], low=0)
         known["shutdown_timeout"] = options["shutdown_timeout"]
