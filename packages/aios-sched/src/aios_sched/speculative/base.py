@@ -25,6 +25,8 @@ class DraftContext:
         num_prompt_tokens: How many of them are the prompt.
         max_drafts: At most so many are wanted now; at least 1.
         sampling: How the target will draw the token behind `token_ids`: for proposers that sample.
+        salt: Only requests with the same salt may guess from each other's text, as with cached pages: else a tenant
+            would notice by the clock what another one has been told.
     """
 
     request_id: str
@@ -32,6 +34,7 @@ class DraftContext:
     num_prompt_tokens: int
     max_drafts: int
     sampling: SamplingRow
+    salt: str = ""
 
 
 class Proposer(Protocol):
