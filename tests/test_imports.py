@@ -47,6 +47,7 @@ TENSOR_MODULES = {
         "native.batch_buffer",
         "native.native_cache",
         "native.reference",
+        "online_softmax",
         "page_mover",
         "paged_cache",
         "pool_memory",

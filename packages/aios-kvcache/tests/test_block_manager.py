@@ -152,11 +152,11 @@ def test_a_failed_admission_leaves_no_trace():
     blocks.free("a")
     run(blocks, "b", [7] * 5)
     blocks.free("b")
-    order = [block.block_id for block in blocks._free_queue]
+    order = [block.block_id for block in blocks._pool.free_queue]
     assert blocks.open("c", [*PROMPT, *range(20)]) == 8
     assert blocks.reserve("c", start=8, end=31) is None
     blocks.free("c")
-    assert [block.block_id for block in blocks._free_queue] == order
+    assert [block.block_id for block in blocks._pool.free_queue] == order
     assert (blocks.stats.queries, blocks.stats.hits) == (16, 0)
 
 

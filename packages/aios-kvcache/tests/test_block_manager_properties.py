@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from aios_kvcache.block import FreeQueue, PageContent
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.block_pool import BlockPool
 from aios_kvcache.prefix_cache import PrefixCache
 
 BLOCK_SIZE = 3
@@ -42,6 +43,7 @@ class ModelDriver:
         self.published: dict[int, tuple[str, tuple[int, ...]]] = {}
         self.released: dict[int, int] = {}
         self.clock = 0
+        self.num_forked: dict[str, tuple[int, int]] = {}  # tokens found and asked for, until the first pages are taken
         self.queries = self.hits = self.evictions = self.num_opened = self.num_refused = 0
 
     # -- calls
@@ -73,11 +75,14 @@ class ModelDriver:
         self._compute(name, end, publish=publish)
         self.check()
 
-    def fork(self, name: str) -> None:
+    def fork(self, name: str, num_tokens: int | None = None, *, num_queried: int = 0) -> None:
+        """A child with the first tokens of what its parent computed; None for all, as of its pages."""
         self.num_opened += 1
         child, parent = f"s{self.num_opened}", self.running[name]
-        self.manager.fork(name, child)
-        self.running[child] = Modelled(parent.salt, list(parent.tokens), parent.computed)
+        self.manager.fork(name, child, num_tokens=num_tokens, num_queried=num_queried)
+        num_tokens = parent.computed if num_tokens is None else num_tokens
+        self.running[child] = Modelled(parent.salt, parent.tokens[: max(num_tokens, 1)], num_tokens)
+        self.num_forked[child] = num_tokens, num_queried
         self.check()
 
     def truncate(self, name: str, num_tokens: int) -> None:
@@ -136,6 +141,9 @@ class ModelDriver:
             assert (self.manager.block_table(name), self.manager.num_free_blocks) == (table, free)
             assert self._pages_needed(name, table, sequence.computed, end) > free, "refused in spite of room"
             return False
+        num_found, num_queried = self.num_forked.pop(name, (0, 0))
+        self.queries += num_queried
+        self.hits += num_found if num_queried else 0
         for copy in copies:
             for offset in range(BLOCK_SIZE):
                 self.memory[copy.destination, offset] = self.memory.get((copy.source, offset))
@@ -149,7 +157,7 @@ class ModelDriver:
         if publish:
             self.manager.publish(name, sequence.tokens, end)
             for index, page in enumerate(self.manager.block_table(name)[: end // BLOCK_SIZE]):
-                if self.manager._blocks[page].content is not None:
+                if self.manager._pool.blocks[page].content is not None:
                     prefix = tuple(sequence.tokens[: (index + 1) * BLOCK_SIZE])
                     assert self.published.setdefault(page, (sequence.salt, prefix)) == (sequence.salt, prefix)
                 else:
@@ -170,7 +178,7 @@ class ModelDriver:
 
     def _check_evictions(self) -> None:
         """Published pages may vanish only for room: when no private page is free, and the oldest first."""
-        evicted = [page for page in self.published if self.manager._blocks[page].content is None]
+        evicted = [page for page in self.published if self.manager._pool.blocks[page].content is None]
         for page in evicted:
             del self.published[page]
         self.evictions += len(evicted)
@@ -184,7 +192,7 @@ class ModelDriver:
         return {page for name in self.running for page in self.manager.block_table(name)}
 
     def _free_order(self) -> list[int]:
-        return [block.block_id for block in self.manager._free_queue]
+        return [block.block_id for block in self.manager._pool.free_queue]
 
 
 def drive(driver: ModelDriver, *, seed: int, num_operations: int) -> None:
@@ -205,6 +213,10 @@ def drive(driver: ModelDriver, *, seed: int, num_operations: int) -> None:
         elif kind == "truncate":
             name = draw.choice(names)
             driver.truncate(name, draw.randint(0, driver.running[name].computed))
+        elif kind == "fork":
+            name = draw.choice(names)
+            num_tokens = draw.choice((None, draw.randint(0, driver.running[name].computed)))
+            driver.fork(name, num_tokens, num_queried=0 if num_tokens is None else draw.choice((0, 5)))
         else:
             getattr(driver, kind)(draw.choice(names))
     for name in list(driver.running):
@@ -277,21 +289,21 @@ TestBlockManagerMachine = BlockManagerMachine.TestCase
 
 
 def _forgets_to_count_down(monkeypatch):
-    release = BlockManager._release
+    release = BlockPool.release
 
     def broken(self, block_ids, *, undo=False):
         release(self, block_ids[1:] if len(block_ids) > 2 else block_ids, undo=undo)
 
-    monkeypatch.setattr(BlockManager, "_release", broken)
+    monkeypatch.setattr(BlockPool, "release", broken)
 
 
 def _forgets_to_count_up(monkeypatch):
     def broken(self, block):
         if block.ref_count == 0:
-            self._free_queue.remove(block)
+            self.free_queue.remove(block)
             block.ref_count = 1
 
-    monkeypatch.setattr(BlockManager, "_hold", broken)
+    monkeypatch.setattr(BlockPool, "hold", broken)
 
 
 def _writes_into_shared_pages(monkeypatch):
@@ -338,8 +350,8 @@ def _evicts_the_newest(monkeypatch):
 
 
 def _frees_the_beginning_first(monkeypatch):
-    release = BlockManager._release
-    monkeypatch.setattr(BlockManager, "_release", lambda self, ids, undo=False: release(self, ids[::-1], undo=undo))
+    release = BlockPool.release
+    monkeypatch.setattr(BlockPool, "release", lambda self, ids, undo=False: release(self, ids[::-1], undo=undo))
 
 
 def _forgets_where_a_page_stood(monkeypatch):
@@ -355,15 +367,15 @@ def _undoes_what_is_no_longer_the_last_step(monkeypatch):
         self._just_opened = just_opened
 
     monkeypatch.setattr(BlockManager, "free", broken)
-    monkeypatch.setattr(BlockManager, "_take_free_block", _take_without_forgetting(BlockManager._take_free_block))
+    reserve = BlockManager.reserve
 
+    def forgetful(self, sequence_id, *, start, end):
+        just_opened = self._just_opened
+        copies = reserve(self, sequence_id, start=start, end=end)
+        self._just_opened = just_opened
+        return copies
 
-def _take_without_forgetting(take):
-    def broken(self):
-        self._just_opened = next(reversed(self._sequences.values()), None)
-        return take(self)
-
-    return broken
+    monkeypatch.setattr(BlockManager, "reserve", forgetful)
 
 
 def _publishes_before_computing(monkeypatch):

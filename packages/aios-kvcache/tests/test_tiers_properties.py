@@ -80,7 +80,7 @@ class ModelDriver:
         self._watch_contents()
 
     def _watch_contents(self):
-        new_content = self.manager._cache.new_content
+        new_content = self.manager._pool.cache.new_content
 
         def watched(parent, tokens, salt, *, page_hash=0):
             content = new_content(parent, tokens, salt, page_hash=page_hash)
@@ -88,7 +88,7 @@ class ModelDriver:
             self.prefix_of[content.content_id] = salt, before + tokens
             return content
 
-        self.manager._cache.new_content = watched
+        self.manager._pool.cache.new_content = watched
 
     # -- calls
 

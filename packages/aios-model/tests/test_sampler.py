@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from aios_model.errors import InvalidRequestError
 from aios_model.sampling import processors, truncation
+from aios_model.sampling.drafted_rows import DraftedTokens, rows_with_drafts
 from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError
 from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import SamplingParams
@@ -506,6 +509,60 @@ def test_an_output_rewound_and_regrown_between_steps_is_counted_anew():
     counts.sync([1], [3, 3, 3, 4])
     counts.sync([1], [3, 5, 5, 5, 6, 6])
     assert counts_of(counts)[0] == {3: 1, 5: 3, 6: 2}
+
+
+def test_rejected_drafts_are_taken_back_without_counting_everything_anew(monkeypatch):
+    rng, counts, prompt, output = random.Random(), TokenCounts(with_prompt=True), [1, 2], []
+    counted = []
+    count = counts._count
+    monkeypatch.setattr(counts, "_count", lambda token: (counted.append(token), count(token)))
+    for _ in range(100):
+        drafts = [rng.randrange(50) for _ in range(rng.randint(0, 20))]
+        for num_drafts in range(len(drafts) + 1):
+            counts.sync(prompt, DraftedTokens(output, drafts[:num_drafts]))
+            assert counts_of(counts)[0] == dict(Counter(output + drafts[:num_drafts]))
+            # No trace of what was rejected before: entries are those of a fresh count, in the same order.
+            fresh = TokenCounts(with_prompt=True)
+            fresh.sync(prompt, output + drafts[:num_drafts])
+            assert counts.token_ids.tolist() == fresh.token_ids.tolist()
+        num_accepted = rng.randint(0, len(drafts))
+        output += [*drafts[:num_accepted], rng.randrange(50)]
+    assert len(counted) < 100 * 30, "each step costs what its drafts cost, not what the output does"
+
+
+def test_an_output_that_differs_far_back_is_counted_anew():
+    counts, rng = TokenCounts(with_prompt=False), random.Random()
+    first, other = ([rng.randrange(5) for _ in range(400)] for _ in range(2))
+    counts.sync([1], first)
+    counts.sync([1], other)
+    assert counts_of(counts)[0] == dict(Counter(other))
+
+
+@given(output=token_lists, drafts=st.lists(st.integers(0, 5), max_size=8), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_drafted_tokens_read_like_the_list_they_stand_for(output, drafts, data):
+    plain, drafted = output + drafts, DraftedTokens(output, drafts)
+    bounds = st.none() | st.integers(-len(plain) - 2, len(plain) + 2)
+    output.append(9)  # the live list grows; what was drafted for it does not
+    for step in (None, 1, 2, -1):
+        part = slice(data.draw(bounds), data.draw(bounds), step)
+        assert drafted[part] == plain[part]
+    assert list(drafted) == plain
+    assert [drafted[i] for i in range(-len(plain), len(plain))] == plain * 2
+    for outside in (len(plain), -len(plain) - 1):
+        with pytest.raises(IndexError, match="outside"):
+            drafted[outside]
+
+
+@given(row=sampling_rows(), drafts=st.lists(st.integers(0, VOCAB - 1), max_size=5), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_rows_of_drafts_draw_what_rows_with_those_tokens_in_the_output_draw(row, drafts, seed):
+    logits = logits_of(seed, len(drafts) + 1, VOCAB)
+    plain = [
+        replace(row, position=row.position + count, output_token_ids=[*row.output_token_ids, *drafts[:count]])
+        for count in range(len(drafts) + 1)
+    ]
+    assert sample(logits, rows_with_drafts(row, drafts)) == sample(logits, plain)
 
 
 def test_a_preempted_request_and_a_reused_id_draw_what_a_fresh_sampler_draws():

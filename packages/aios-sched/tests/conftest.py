@@ -21,11 +21,13 @@ from aios_kvcache.tiers import PageTiers
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import SampledToken
 from aios_sched.config import SchedulerConfig
-from aios_sched.output import StepResult
+from aios_sched.drafting import Drafting
 from aios_sched.planner import StepPlanner
 from aios_sched.policy.registry import make_policy
-from aios_sched.request import Request
+from aios_sched.request import Request, RequestStatus
 from aios_sched.scheduler import Scheduler
+from aios_sched.speculative.fixed import FixedController
+from aios_sched.verification import accept
 
 VOCAB_SIZE = 50
 EOS = 0
@@ -73,9 +75,10 @@ class PageStoreRunner:
         self.move(output)
         self.copy_blocks(output.block_copies)
         self.write(output)
-        sampled = {row.request_id: self.sample(row) for row in output.requests if row.sampling}
+        result = accept(output, [token for row in output.requests if row.sampling for token in self.sample(row)])
         numbers = range(output.first_swap, output.first_swap + len(output.swaps))
-        return StepResult(sampled=sampled, lost_swaps=tuple(number for number in numbers if number in self.lost))
+        result.lost_swaps = tuple(number for number in numbers if number in self.lost)
+        return result
 
     def move(self, output, *, stop=None):
         assert output.first_swap <= self.num_moved, "a step came before the one in front of it"
@@ -118,12 +121,15 @@ class PageStoreRunner:
                 self.slots[slot] = token_id
 
     def sample(self, row):
+        """Tokens behind the known ones and behind each draft."""
         end = row.start + len(row.token_ids)
-        assert row.sampling.position == end
-        assert len(row.sampling.prompt_token_ids) + len(row.sampling.output_token_ids) == end
+        num_known = end - row.num_drafts
+        assert row.sampling.position == num_known
+        assert len(row.sampling.prompt_token_ids) + len(row.sampling.output_token_ids) == num_known
         token_ids = [self.slots.get(self.slot(row, position)) for position in range(end)]
         assert None not in token_ids, "reads a slot that nobody wrote"
-        return SampledToken(token_id=next_token(token_ids, row.sampling.seed))
+        seed = row.sampling.seed
+        return [SampledToken(token_id=next_token(token_ids[:length], seed)) for length in range(num_known, end + 1)]
 
     def slot(self, row, position):
         block_id = row.block_table[position // self.block_size]
@@ -251,6 +257,37 @@ class Workload:
         return [self.random.randrange(VOCAB_SIZE) for _ in range(count)]
 
 
+class ErringOracle:
+    """Drafts what will come, with errors; or garbage, even what is no token."""
+
+    def __init__(self, rng):
+        self.rng = rng
+        self.error_rate = rng.choice([0, 0.1, 0.5, 1])
+        self.known = set()
+
+    def propose(self, contexts):
+        self.known.update(context.request_id for context in contexts)
+        return [self.guess(list(context.token_ids), context) for context in contexts]
+
+    def guess(self, token_ids, context):
+        drafts = []
+        for _ in range(self.rng.randint(0, context.max_drafts)):
+            token = next_token(token_ids, context.sampling.seed)
+            if self.rng.random() < self.error_rate:
+                token = self.rng.choice([token, self.rng.randrange(VOCAB_SIZE), self.rng.choice([-1, VOCAB_SIZE])])
+            token_ids.append(token)
+            drafts.append(token)
+            if token < 0:
+                break
+        return drafts
+
+    def forget(self, request_id):
+        self.known.remove(request_id)
+
+    def close(self):
+        pass
+
+
 class Driver:
     """Adds, schedules, returns, aborts and rolls back at random, and checks what must hold after every single move."""
 
@@ -275,6 +312,11 @@ class Driver:
         self.max_steps_in_flight = self.random.choice([1, 2, 3, 4])
         self.eager = self.random.random() < 0.5  # steps run when they are submitted, not when their result is taken
         self.busy = self.random.random() < 0.5  # like an engine: the next step leaves as soon as one returns
+        # Drawn apart, so that a seed means the same moves with and without.
+        rng = random.Random(seed + 2)
+        self.proposer = ErringOracle(rng)
+        controller = FixedController(rng.randint(1, 6))
+        self.drafting = Drafting(self.proposer, controller, vocab_size=VOCAB_SIZE) if rng.random() < 0.6 else None
         self.in_flight = deque()
         self.requests, self.outputs, self.ended = {}, {}, {}
         self.num_steps = 0
@@ -307,6 +349,8 @@ class Driver:
     def schedule(self):
         if len(self.in_flight) >= self.max_steps_in_flight:
             return
+        if self.drafting is not None:
+            self.drafting.draft(self.scheduler)
         output = self.scheduler.schedule()
         if output is None:
             if not self.in_flight:
@@ -319,7 +363,10 @@ class Driver:
     def take_result(self):
         if self.in_flight:
             output, result = self.in_flight.popleft()
-            self.collect(self.scheduler.update(output, result or self.runner.execute(output)))
+            result = result or self.runner.execute(output)
+            self.collect(self.scheduler.update(output, result))
+            if self.drafting is not None:
+                self.drafting.note(output, result, seconds=1.0, proposer_seconds=0.0)
             if self.busy:
                 self.schedule()
 
@@ -369,8 +416,10 @@ class Driver:
         assert len(rows) <= config.max_num_seqs, "more requests than seats"
         for row in rows:
             request = self.requests[row.request_id]
-            end = row.start + len(row.token_ids)
-            assert row.token_ids == request.token_ids[row.start : end] != [], "wrong tokens"
+            end = row.start + row.num_known_tokens
+            assert not request.draft_token_ids, "drafts that were used, or had no place, are kept"
+            assert row.num_drafts < request.max_tokens - len(request.output_token_ids) or not row.num_drafts
+            assert row.token_ids[: row.num_known_tokens] == request.token_ids[row.start : end] != [], "wrong tokens"
             assert (row.sampling is not None) == (end == request.num_tokens), "samples in the middle"
             if not config.enable_chunked_prefill:
                 assert row.sampling is not None, "a prompt was cut"
@@ -382,7 +431,7 @@ class Driver:
         size = self.workload.block_size
         for output, _ in self.in_flight:
             for row in output.requests:
-                in_flight[row.request_id] += len(row.token_ids)
+                in_flight[row.request_id] += row.num_known_tokens
                 # Raises if the pages were freed. Pages being written must still be the writer's.
                 table = self.block_manager.block_table(row.request_id)
                 first, last = row.start // size, (row.start + len(row.token_ids) - 1) // size
@@ -391,6 +440,9 @@ class Driver:
             assert request.num_in_flight_tokens == in_flight[request_id], "miscounted what is in flight"
             assert request.num_computed_tokens + request.num_in_flight_tokens <= request.num_tokens
             assert request.token_ids == request.prompt_token_ids + request.output_token_ids, "lost its tokens"
+            if request.status is RequestStatus.RUNNING and not request.num_in_flight_tokens:
+                pages = -(-request.num_tokens // size)
+                assert len(self.block_manager.block_table(request_id)) <= pages, "keeps pages of drafts"
 
     def check_end(self):
         assert self.block_manager.num_free_blocks == self.block_manager.num_blocks, "pages leaked"
@@ -399,6 +451,9 @@ class Driver:
             assert not tiers._saved, "pages of requests that are over are still kept"
             assert not any(page.num_pins for page in (*tiers.host, *tiers.disk)), "a page is pinned for ever"
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
+        if self.drafting is not None:
+            self.drafting.forget_those_who_left(self.scheduler)
+            assert not self.proposer.known, "a proposer remembers requests that are over"
         assert self.ended.keys() == self.requests.keys()
         for request_id, request in self.requests.items():
             tokens, reason, stop_reason = generate_alone(request, max_model_len=self.workload.max_model_len)
@@ -483,6 +538,7 @@ def lab():
         VOCAB_SIZE=VOCAB_SIZE,
         DelayedExecutor=DelayedExecutor,
         Driver=Driver,
+        ErringOracle=ErringOracle,
         PageStoreRunner=PageStoreRunner,
         Workload=Workload,
         generate_alone=generate_alone,

@@ -1,8 +1,9 @@
 """The equivalence contract, fuzzed: tokens are those of the request alone, whatever happens around it.
 
 A case is an engine with random limits, policy and tiers over a real (tiny) decoder in float64, random requests that
-share prefixes, and random events: arrivals, aborts, steps that fail halfway. The oracle is `aios_model.generate`, which
-knows neither pages nor batches. After every step the books of pages must balance.
+share prefixes, drafts that are right, wrong or garbage, and random events: arrivals, aborts, steps that fail halfway.
+The oracle is `aios_model.generate`, which knows neither pages nor batches nor drafts. After every step the books of
+pages must balance.
 
     pytest packages/aios-sched/tests/test_equivalence_fuzz.py                       a few fixed seeds
     python packages/aios-sched/tests/test_equivalence_fuzz.py --seconds 600         soaking: new seeds until time is up
@@ -18,10 +19,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from unittest.mock import patch
 
 import pytest
@@ -29,6 +30,7 @@ import torch
 
 from aios_kvcache.block import PageContent
 from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.block_pool import BlockPool
 from aios_kvcache.page_mover import PageMover
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.tier_sizing import TierPlan
@@ -37,17 +39,25 @@ from aios_model.decoder import DecoderModel
 from aios_model.families import find_hf_family
 from aios_model.generate import generate_tokens
 from aios_model.loader import load_weights, parameter_shapes
+from aios_model.sampling.drafted_rows import rows_with_drafts
+from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import SamplingParams
+from aios_model.sampling.rows import SamplingRow, TokenLogprobs
 from aios_model.sampling.sampler import Sampler
 from aios_model.weights.dummy import DummyEntry
+from aios_sched.admission import Admission
 from aios_sched.config import SchedulerConfig
+from aios_sched.drafting import Drafting
 from aios_sched.engine import Engine
 from aios_sched.model_runner import ModelRunner
 from aios_sched.output import ScheduledRequest
 from aios_sched.planner import StepPlanner
 from aios_sched.policy.registry import PolicyName, make_policy
-from aios_sched.request import Request
+from aios_sched.request import Request, RequestStatus
 from aios_sched.scheduler import Scheduler
+from aios_sched.speculative.base import DraftContext, Proposer
+from aios_sched.speculative.fixed import FixedController
+from aios_sched.speculative.ngram import NgramProposer
 
 VOCAB_SIZE, MAX_MODEL_LEN, EOS = 200, 48, 0
 RAW_CONFIG = {
@@ -107,9 +117,71 @@ def model() -> Model:
     return Model(config, decoder)
 
 
-@cache
-def alone(prompt: tuple[int, ...], params: SamplingParams) -> list[int]:
-    return [token.token_id for token in generate_tokens(model(), list(prompt), params)]
+class Grammar:
+    """A logits processor for every fourth seed: which tokens may come depends on all those before.
+
+    What breaks it, as a wrong draft does, can be followed by nothing at all.
+    """
+
+    def applies_to(self, row: SamplingRow) -> bool:
+        return row.params.seed is not None and row.params.seed % 4 == 3
+
+    def __call__(self, logits_RV: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        token_ids_V = torch.arange(logits_RV.shape[1])
+        for logits_V, row in zip(logits_RV, rows, strict=True):
+            if not self.applies_to(row):
+                continue
+            total = 0
+            for token in row.output_token_ids:
+                if token % 3 == total % 3:
+                    logits_V[:] = -torch.inf
+                total += token
+            logits_V[token_ids_V % 3 == total % 3] = -torch.inf
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a request gets at one place."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+def alone(prompt: list[int], params: SamplingParams) -> list[Token]:
+    key = repr((prompt, params))
+    if key not in _ALONE:
+        with patch("aios_model.generate.Sampler", partial(Sampler, logits_processors=[Grammar()])):
+            tokens = generate_tokens(model(), prompt, params)
+            _ALONE[key] = [Token(token.token_id, token.logprobs) for token in tokens]
+    return _ALONE[key]
+
+
+_ALONE: dict[str, list[Token]] = {}
+
+
+class ErringOracle:
+    """Drafts what the request would get alone, with wrong tokens here and there; at a rate of 1 nothing but garbage."""
+
+    def __init__(self, case: Case, *, error_rate: float) -> None:
+        self._case, self._error_rate = case, error_rate
+
+    def propose(self, contexts: Sequence[DraftContext]) -> list[list[int]]:
+        return [self._guess(context) for context in contexts]
+
+    def _guess(self, context: DraftContext) -> list[int]:
+        rng = self._case.rng
+        num_known = len(context.token_ids) - context.num_prompt_tokens
+        rest = [token.token_id for token in self._case.expected[context.request_id][num_known:]]
+        rest += [rng.randrange(VOCAB_SIZE) for _ in range(context.max_drafts)]
+        wrong = [-1, VOCAB_SIZE, *(rng.randrange(VOCAB_SIZE) for _ in range(20))]
+        drafts = [rng.choice(wrong) if rng.random() < self._error_rate else token for token in rest]
+        return drafts[: rng.randint(0, context.max_drafts)]
+
+    def forget(self, request_id: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class DelayedExecutor:
@@ -185,10 +257,12 @@ class Case:
             [token for phrase in self.rng.choices(phrases, k=self.rng.randint(1, 5)) for token in phrase][:30]
             for _ in range(4)
         ]
+        self.prompts: list[list[int]] = []
         self.mover: PageMover | None = None
+        self.drafting = self._drafting()
         self.engine = self._engine()
-        self.expected: dict[str, list[int]] = {}
-        self.found: dict[str, list[int]] = {}
+        self.expected: dict[str, list[Token]] = {}
+        self.found: dict[str, list[Token]] = {}
         self.aborted: set[str] = set()
 
     def run(self) -> None:
@@ -211,12 +285,14 @@ class Case:
                 self.aborted.update(output.request_id for output in self.engine.abort(victims))
             for output in self.engine.step():
                 assert output.error is None, output.error
-                self.found[output.request_id] += output.token_ids
+                self.found[output.request_id] += map(Token, output.token_ids, output.logprobs)
             self.pages.check_invariants()
         for request_id, tokens in self.found.items():
             wanted = self.expected[request_id]
             wanted = wanted[: len(tokens)] if request_id in self.aborted else wanted
-            assert tokens == wanted, f"request {request_id} gave {tokens}, alone {wanted}"
+            given, expected = [token.token_id for token in tokens], [token.token_id for token in wanted]
+            assert given == expected, f"request {request_id} gave {given}, alone {expected}"
+            assert all(map(_agree, tokens, wanted)), f"request {request_id} has log probabilities of something else"
         assert self.engine.stats().kv_cache_usage == 0, "pages leaked"
 
     def _engine(self) -> Engine:
@@ -241,10 +317,23 @@ class Case:
             device=decoder.device,
         )
         self.mover = self.tiers and PageMover(cache.page_tensors, self.tiers)
-        sampler = Sampler(vocab_size=VOCAB_SIZE, device=decoder.device)
+        sampler = Sampler(vocab_size=VOCAB_SIZE, device=decoder.device, logits_processors=[Grammar()])
         runner = ModelRunner(decoder, cache, sampler, mover=self.mover)
         executor = DelayedExecutor(runner, rng, max_steps_in_flight=in_flight, fault_rate=rng.choice([0, 0, 0.02, 0.1]))
-        return Engine(Scheduler(config, self.pages, make_policy(self.policy, block_manager=self.pages)), executor)
+        scheduler = Scheduler(config, self.pages, make_policy(self.policy, block_manager=self.pages))
+        return Engine(scheduler, executor, drafting=self.drafting)
+
+    def _drafting(self) -> Drafting | None:
+        kind = self.rng.choice(["none", "ngram", "oracle", "oracle", "garbage"])
+        proposer: Proposer
+        if kind == "none":
+            return None
+        if kind == "ngram":
+            low = self.rng.randint(1, 3)
+            proposer = NgramProposer(min_ngram=low, max_ngram=low + self.rng.randint(0, 3))
+        else:
+            proposer = ErringOracle(self, error_rate=1.0 if kind == "garbage" else self.rng.choice([0, 0.1, 0.4]))
+        return Drafting(proposer, FixedController(self.rng.randint(1, 8)), vocab_size=VOCAB_SIZE)
 
     def _tiers(self, longest: int) -> TierPlan:
         """Small ones, so that pages move on and are dropped."""
@@ -257,18 +346,29 @@ class Case:
 
     def _request(self, request_id: str) -> Request:
         rng = self.rng
-        prefix = rng.choice(self.prefixes)
-        prompt = [*prefix[: rng.randint(0, len(prefix))], *self._tokens(rng.randint(1, 12))]
+        prompt = self._prompt()
+        seed = rng.randrange(100)
+        max_tokens = rng.randint(1, MAX_MODEL_LEN - len(prompt))
         params = SamplingParams(
             temperature=rng.choice([0, 0, 0, 0.8, 1.3]),
             top_k=rng.choice([0, 0, 20]),
             top_p=rng.choice([1.0, 1.0, 0.9]),
+            min_p=rng.choice([0.0, 0.0, 0.05]),
             repetition_penalty=rng.choice([1.0, 1.0, 1.3]),
-            seed=rng.randrange(100),
-            max_tokens=rng.randint(1, MAX_MODEL_LEN - len(prompt)),
+            presence_penalty=rng.choice([0.0, 0.0, 0.0, 1.5]),
+            frequency_penalty=rng.choice([0.0, 0.0, 0.0, 0.7]),
+            logit_bias=rng.choice([None, None, dict.fromkeys(self._tokens(3), 5.0)]),
+            # A grammar may leave none of the allowed tokens.
+            allowed_token_ids=self._tokens(30) if seed % 4 != 3 and rng.random() < 0.15 else None,
+            bad_words_token_ids=[self._tokens(rng.randint(1, 2)) for _ in range(rng.choice([0, 0, 5]))],
+            min_tokens=rng.choice([0, 0, 0, rng.randint(0, max_tokens)]),
+            stop_token_ids=tuple(self._tokens(rng.choice([0, 0, 6]))),
+            logprobs=rng.choice([None, None, 0, 3]),
+            seed=seed,
+            max_tokens=max_tokens,
             ignore_eos=rng.random() < 0.5,
         )
-        self.expected[request_id] = alone(tuple(prompt), params)
+        self.expected[request_id] = alone(prompt, params)
         self.found[request_id] = []
         return Request(
             request_id=request_id,
@@ -281,8 +381,25 @@ class Case:
             cache_salt=rng.choice(["", "", "tenant"]),
         )
 
+    def _prompt(self) -> list[int]:
+        """Some are asked again, as by `n` choices of one request: they fork what was computed already."""
+        rng = self.rng
+        if self.prompts and rng.random() < 0.3:
+            return rng.choice(self.prompts)
+        prefix = rng.choice(self.prefixes)
+        self.prompts.append([*prefix[: rng.randint(0, len(prefix))], *self._tokens(rng.randint(1, 12))])
+        return self.prompts[-1]
+
     def _tokens(self, count: int) -> list[int]:
         return [self.rng.randrange(1, VOCAB_SIZE) for _ in range(count)]
+
+
+def _agree(found: Token, wanted: Token) -> bool:
+    """Whether log probabilities are the same, but for rounding."""
+    if found.logprobs is None or wanted.logprobs is None:
+        return found.logprobs is wanted.logprobs
+    same_tokens = [token for token, _ in found.logprobs.top] == [token for token, _ in wanted.logprobs.top]
+    return same_tokens and abs(found.logprobs.logprob - wanted.logprobs.logprob) < 1e-9
 
 
 @pytest.fixture(autouse=True)
@@ -302,17 +419,17 @@ def test_cases(seed) -> None:
 @contextmanager
 def page_freed_twice() -> Iterator[None]:
     """Now and then a page goes back while somebody still holds it."""
-    release, calls = BlockManager._release, [0]
+    release, calls = BlockPool.release, [0]
 
     def broken(self, block_ids, **options) -> None:
         release(self, block_ids, **options)
         calls[0] += 1
         if calls[0] % 5 == 0:
-            held = next((block for block in self._blocks[1:] if block.ref_count > 1), None)
+            held = next((block for block in self.blocks[1:] if block.ref_count > 1), None)
             if held is not None:
                 held.ref_count -= 1
 
-    with patch.object(BlockManager, "_release", broken):
+    with patch.object(BlockPool, "release", broken):
         yield
 
 
@@ -360,8 +477,8 @@ def tenants_share_pages() -> Iterator[None]:
     """Salts are ignored where pages are looked for: not seen in tokens, but in whose pages are found."""
     open_sequence = BlockManager.open
 
-    def broken(self, sequence_id, token_ids, *, salt="") -> int:
-        found = open_sequence(self, sequence_id, token_ids, salt="")
+    def broken(self, sequence_id, token_ids, *, salt="", **options) -> int:
+        found = open_sequence(self, sequence_id, token_ids, salt="", **options)
         self._sequences[sequence_id].salt = salt
         return found
 
@@ -369,9 +486,123 @@ def tenants_share_pages() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def shared_page_written() -> Iterator[None]:
+    """A page that a fork shares is written in place, unless the prefix cache knows it."""
+    reserve = BlockManager.reserve
+
+    def broken(self, sequence_id, *, start, end):
+        blocks = [self._pool.blocks[block_id] for block_id in self.block_table(sequence_id)]
+        shared = [block for block in blocks if block.ref_count > 1 and block.content is None]
+        for block in shared:
+            block.ref_count -= 1
+        copies = reserve(self, sequence_id, start=start, end=end)
+        for block in shared:
+            block.ref_count += 1
+        return copies
+
+    with patch.object(BlockManager, "reserve", broken):
+        yield
+
+
+@contextmanager
+def fork_of_what_is_not_computed() -> Iterator[None]:
+    """A prompt is shared as soon as somebody reads it, computed or not."""
+    find = Admission._find_twin
+
+    def broken(self, request, num_shared, running):
+        computed = [other.num_computed_tokens for other in running]
+        for other in running:
+            other.num_computed_tokens = max(other.num_computed_tokens, len(other.prompt_token_ids))
+        twin = find(self, request, num_shared, running)
+        for other, before in zip(running, computed, strict=True):
+            other.num_computed_tokens = before
+        return twin
+
+    with patch.object(Admission, "_find_twin", broken):
+        yield
+
+
+@contextmanager
+def rejected_tokens_are_published() -> Iterator[None]:
+    """A page that a step filled can be found, whether its last tokens were accepted or not."""
+    advance = Scheduler._advance
+
+    def broken(self, request, row, result):
+        output = advance(self, request, row, result)
+        if row.num_drafts and request.status is RequestStatus.RUNNING:
+            pages, end = self.block_manager, row.start + len(row.token_ids)
+            held = len(pages.block_table(request.request_id)) * pages.block_size
+            tokens = request.token_ids + row.token_ids[row.num_known_tokens :]
+            pages.publish(request.request_id, tokens, min(end, held))
+        return output
+
+    with patch.object(Scheduler, "_advance", broken):
+        yield
+
+
+@contextmanager
+def noise_keyed_by_row() -> Iterator[None]:
+    """All rows of a request are drawn from with the noise of the first."""
+
+    def broken(row, drafts):
+        return [replace(each, position=row.position) for each in rows_with_drafts(row, drafts)]
+
+    with patch("aios_sched.batch.rows_with_drafts", broken):
+        yield
+
+
+@contextmanager
+def counts_of_rejected_drafts_kept() -> Iterator[None]:
+    """Penalties count tokens that were never in the output."""
+    with patch.object(TokenCounts, "_rewind", lambda self, num_tokens: None):
+        yield
+
+
+@contextmanager
+def rows_do_not_see_the_drafts_before_them() -> Iterator[None]:
+    """Penalties, bad words, min_tokens and grammars of a row behind a draft end with what is known."""
+
+    def broken(row, drafts):
+        return [replace(each, output_token_ids=row.output_token_ids) for each in rows_with_drafts(row, drafts)]
+
+    with patch("aios_sched.batch.rows_with_drafts", broken):
+        yield
+
+
+@contextmanager
+def wrong_drafts_are_accepted() -> Iterator[None]:
+    """The token behind the first wrong draft is taken, too."""
+
+    def broken(drafts, tokens):
+        right = next((place for place, draft in enumerate(drafts) if tokens[place].token_id != draft), len(drafts))
+        return [token for token in tokens[1 : right + 2] if token is not None]
+
+    with patch("aios_sched.verification._behind_right_drafts", broken), patch("aios_sched.scheduler._drawn", _trusting):
+        yield
+
+
+def _trusting(row, result):
+    sampled = result.sampled.get(row.request_id)
+    return [sampled, *result.further.get(row.request_id, ())][: row.num_drafts + 1]
+
+
 PLANTED: dict[str, Callable] = {
     each.__name__: each
-    for each in (page_freed_twice, stale_hash, published_too_early, chunk_border_off_by_one, tenants_share_pages)
+    for each in (
+        page_freed_twice,
+        stale_hash,
+        published_too_early,
+        chunk_border_off_by_one,
+        tenants_share_pages,
+        shared_page_written,
+        fork_of_what_is_not_computed,
+        rejected_tokens_are_published,
+        noise_keyed_by_row,
+        counts_of_rejected_drafts_kept,
+        rows_do_not_see_the_drafts_before_them,
+        wrong_drafts_are_accepted,
+    )
 }
 
 
@@ -400,7 +631,7 @@ def main() -> int:
     while time.monotonic() < deadline:
         Case(seed + count).run()
         count += 1
-        alone.cache_clear()
+        _ALONE.clear()
     print(f"{count} cases from seed {seed} on, no finding")
     return 0
 

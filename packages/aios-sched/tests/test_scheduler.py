@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from aios_kvcache.block_manager import BlockManager
+from aios_kvcache.tiers import PageTiers
 from aios_model.errors import ConfigError, InvalidRequestError
 from aios_model.sampling.rows import SampledToken
 from aios_sched.config import SchedulerConfig
@@ -208,6 +210,46 @@ def test_same_new_prompt_many_times_is_computed_once(lab):
     assert rows(steps[0]) == {"r0": (0, 17)}
     assert rows(steps[1]) == {"r0": (17, 1), "r1": (16, 1), "r2": (16, 1), "r3": (16, 1)}
     assert [request.output_token_ids for request in requests] == [alone(lab, request) for request in requests]
+
+
+def test_choices_of_one_prompt_fork_its_pages_down_to_the_token(lab):
+    """The page that is not full is copied for each: they write different tokens behind the same prompt."""
+    scheduler = lab.make_scheduler(max_num_batched_tokens=64)
+    requests = [lab.make_request(f"r{i}", range(1, 16), seed=i, max_tokens=9) for i in range(4)]
+    for request in requests:
+        scheduler.add(request)
+    _, _, steps = lab.run_until_done(scheduler, lab.PageStoreRunner(4))
+    assert rows(steps[0]) == {"r0": (0, 15)}
+    assert rows(steps[1]) == {"r0": (15, 1), "r1": (14, 1), "r2": (14, 1), "r3": (14, 1)}
+    tables = [row.block_table for row in steps[1].requests]
+    assert all(table[:3] == tables[0][:3] for table in tables), "whole pages are shared"
+    assert [copy.source for copy in steps[1].block_copies] == [tables[0][3]] * 3
+    assert [request.num_cached_tokens for request in requests] == [0, 14, 14, 14]
+    assert [request.output_token_ids for request in requests] == [alone(lab, request) for request in requests]
+
+
+def test_without_a_prefix_cache_nothing_is_forked(lab):
+    scheduler = lab.make_scheduler(max_num_batched_tokens=64, enable_prefix_caching=False)
+    for name in ("a", "b"):
+        scheduler.add(lab.make_request(name, range(1, 16)))
+    _, _, steps = lab.run_until_done(scheduler, lab.PageStoreRunner(4))
+    assert rows(steps[0]) == {"a": (0, 15), "b": (0, 15)}
+
+
+def test_pages_on_their_way_from_a_tier_are_not_forked(lab):
+    """Were they lost there, the copy of one could not be told from a good page."""
+    manager = BlockManager(num_blocks=8, block_size=4, tiers=PageTiers(num_host_pages=8))
+    manager.open("a", range(1, 8))
+    manager.reserve("a", start=0, end=7)
+    assert manager.can_share("a", 7)
+    assert manager.save("a", list(range(1, 8)), 7)
+    manager.free("a")
+    assert manager.open("a", range(1, 9)) == 7
+    manager.reserve("a", start=7, end=8)
+    assert not manager.can_share("a", 7)
+    first, swaps = manager.tiers.take_swaps()
+    manager.settle_swaps(first, swaps, [])
+    assert manager.can_share("a", 7)
 
 
 def test_resumed_request_finds_its_own_pages(lab):

@@ -33,6 +33,9 @@ def test_the_driver_reaches_what_it_claims_to_test(lab):
     assert sum(stats.num_demoted for stats in tiers) > 200
     assert sum(stats.num_lost for stats in tiers) > 10
     assert sum(driver.max_steps_in_flight > 1 for driver in drivers) > 10
+    drafts = [driver.drafting.stats for driver in drivers if driver.drafting]
+    assert sum(stats.num_accepted_tokens for stats in drafts) > 1000
+    assert sum(stats.num_draft_tokens - stats.num_accepted_tokens for stats in drafts) > 300
     reasons = [ended[0] for driver in drivers for ended in driver.ended.values()]
     assert min(map(reasons.count, ("stop", "length", "abort"))) > 50
     assert reasons.count("timeout") > 20
@@ -62,7 +65,7 @@ class PublishesBeforeItIsComputed(Scheduler):
 class ForgetsToRollBack(Scheduler):
     def rollback(self, output):
         for row in output.requests:
-            self._requests[row.request_id].num_computed_tokens += len(row.token_ids)
+            self._requests[row.request_id].num_computed_tokens += row.num_known_tokens
         super().rollback(output)
 
 
@@ -92,9 +95,57 @@ class SendsMovesUnderNewNumbers(Scheduler):
         super().rollback(output)
 
 
+class PublishesRejectedDrafts(Scheduler):
+    def _advance(self, request, row, result):
+        output = super()._advance(request, row, result)
+        if row.num_drafts and request.status is RequestStatus.RUNNING:
+            table = self.block_manager.block_table(request.request_id)
+            end = min(row.start + len(row.token_ids), len(table) * self.block_manager.block_size)
+            # What the row computed, for what it takes to be its tokens.
+            tokens = (request.token_ids + row.token_ids)[:end]
+            self.block_manager.publish(request.request_id, tokens, end)
+        return output
+
+
+class KeepsPagesOfDrafts(Scheduler):
+    def _advance(self, request, row, result):
+        truncate, self.block_manager.truncate = self.block_manager.truncate, lambda *_: None
+        output = super()._advance(request, row, result)
+        self.block_manager.truncate = truncate
+        return output
+
+
+class BelievesOneDraftTooMany(Scheduler):
+    def _count_computed(self, request, num_tokens):
+        more = num_tokens == 1 and len(request.token_ids) - request.num_computed_tokens > 1
+        super()._count_computed(request, num_tokens + more)
+
+
+class KeepsDraftsThatWereRolledBack(Scheduler):
+    def rollback(self, output):
+        for row in output.requests:
+            request = self._requests[row.request_id]
+            request.num_in_flight_tokens -= row.num_drafts
+        super().rollback(output)
+
+
+class UsesStaleDrafts(Scheduler):
+    def _commit(self, plan):
+        drafts = [request.draft_token_ids for request in plan.requests]
+        output = super()._commit(plan)
+        for request, kept in zip(plan.requests, drafts, strict=True):
+            request.draft_token_ids = kept
+        return output
+
+
 @pytest.mark.parametrize(
     ("bug", "symptom"),
     [
+        (PublishesRejectedDrafts, "differs from itself alone|published with other tokens|were taken away"),
+        (KeepsPagesOfDrafts, "keeps pages of drafts"),
+        (BelievesOneDraftTooMany, "nobody wrote|differs from itself alone|num_computed_tokens"),
+        (KeepsDraftsThatWereRolledBack, "miscounted|nothing can run"),
+        (UsesStaleDrafts, "are kept"),
         (OverlooksLostPages, "differs from itself alone"),
         (KeepsSavedPagesOfTheDead, "are still kept"),
         (SendsMovesUnderNewNumbers, "differs from itself alone|came before|nobody wrote"),
@@ -186,7 +237,7 @@ class ReservesOneSlotLess(BlockManager):
 
 class TakesAHashForAProof(BlockManager):
     def open(self, sequence_id, token_ids, **options):
-        cache = self._cache
+        cache = self._pool.cache
         cache.find = lambda parent, tokens, salt: cache._blocks.get(cache.hash_of(parent, tokens, salt))
         return super().open(sequence_id, token_ids, **options)
 

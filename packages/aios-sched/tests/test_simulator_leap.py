@@ -117,8 +117,8 @@ def everything(fleet, results):
             for each in fleet.replicas
         ],
         "forgettable": [each.scheduler._forgettable_ids for each in fleet.replicas],
-        "free": [[block.block_id for block in each._free_queue] for each in pages],
-        "contents": [[block.content for block in each._blocks] for each in pages],
+        "free": [[block.block_id for block in each._pool.free_queue] for each in pages],
+        "contents": [[block.content for block in each._pool.blocks] for each in pages],
     }
 
 

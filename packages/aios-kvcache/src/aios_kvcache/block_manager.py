@@ -13,21 +13,25 @@ A sequence's life:
     save      pages that no cache knows go to a tier below the pool, if there is one
     free      the pages go back
 
+`fork` starts one with what another computed already, down to the token.
+
 With tiers below the pool (`tiers.py`), pages that are evicted move there, `open` finds them there, and `reserve` plans
 their way back. The scheduler is its only caller, from one thread; nothing here is locked.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
-from aios_kvcache.block import Block, BlockCopy, FreeQueue, PageContent
+from aios_kvcache.block import Block, BlockCopy, PageContent
+from aios_kvcache.block_pool import BlockPool
 from aios_kvcache.errors import DuplicateSequenceError, SequenceError, UnknownSequenceError
-from aios_kvcache.layout import FIRST_BLOCK, num_blocks_for
-from aios_kvcache.prefix_cache import PageHash, PrefixCache, PrefixCacheStats
+from aios_kvcache.invariants import check_books
+from aios_kvcache.layout import num_blocks_for
+from aios_kvcache.prefix_cache import PageHash, PrefixCacheStats
+from aios_kvcache.sequence_pages import SequencePages
+from aios_kvcache.stored_prefix import await_stored_pages, fetch_stored_pages, known_content, save_pages
 from aios_kvcache.swap import Swap
-from aios_kvcache.tier_level import StoredPage
 from aios_kvcache.tiers import PageTiers
 from aios_model.errors import ConfigError
 
@@ -62,30 +66,32 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.stats = PrefixCacheStats()
         self.tiers = tiers
-        self._blocks = [Block(block_id) for block_id in range(FIRST_BLOCK + num_blocks)]
-        self._free_queue = FreeQueue(self._blocks[FIRST_BLOCK:])
-        self._cache = PrefixCache(hash_function)
-        self._sequences: dict[str, _Sequence] = {}
-        self._just_opened: _Sequence | None = None  # nothing else has changed since it was opened
+        self._pool = BlockPool(num_blocks=num_blocks, hash_function=hash_function, tiers=tiers)
+        self._sequences: dict[str, SequencePages] = {}
+        self._just_opened: SequencePages | None = None  # nothing else has changed since it was opened
 
     # -- Reading ---------------------------------------------------------------------------------
 
     @property
+    def stats(self) -> PrefixCacheStats:
+        """What the prefix cache found, and what was evicted."""
+        return self._pool.stats
+
+    @property
     def num_free_blocks(self) -> int:
         """Pages that `reserve` can take: unused ones, and cached ones that no sequence holds."""
-        return self._free_queue.num_blocks
+        return self._pool.free_queue.num_blocks
 
     @property
     def num_cached_blocks(self) -> int:
         """Pages that the prefix cache can find, held by a sequence or not."""
-        return len(self._cache)
+        return len(self._pool.cache)
 
     @property
     def usage(self) -> float:
         """Share of the pages that sequences hold, 0 to 1."""
-        return 1.0 - self._free_queue.num_blocks / self.num_blocks
+        return 1.0 - self._pool.free_queue.num_blocks / self.num_blocks
 
     def can_fit(self, num_tokens: int) -> bool:
         """Whether a sequence of so many tokens fits into the pool when it has the pool to itself."""
@@ -97,7 +103,7 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return 0
         for start in range(0, len(token_ids) - size, size):
-            block = self._cache.find(parent, tuple(token_ids[start : start + size]), salt)
+            block = self._pool.cache.find(parent, tuple(token_ids[start : start + size]), salt)
             if block is None:
                 return start
             parent = block.content
@@ -132,14 +138,23 @@ class BlockManager:
         """
         if sequence_id in self._sequences:
             raise DuplicateSequenceError(sequence_id)
-        sequence = _Sequence(salt, num_queried=len(token_ids))
+        sequence = SequencePages(salt, num_queried=len(token_ids))
         self._sequences[sequence_id] = sequence
         if self.enable_prefix_caching:
             self._hold_cached_prefix(sequence, token_ids)
         if self.tiers is not None and use_tiers and not self.tiers.is_suspended:
-            self._await_stored_pages(self.tiers, sequence_id, sequence, token_ids)
+            await_stored_pages(
+                self._pool,
+                self.tiers,
+                sequence_id,
+                sequence,
+                token_ids,
+                block_size=self.block_size,
+                by_content=self.enable_prefix_caching,
+            )
         self._just_opened = sequence
-        return sequence.num_published * self.block_size + sequence.num_awaited_tokens
+        sequence.num_found = sequence.num_published * self.block_size
+        return sequence.num_found + sequence.num_awaited_tokens
 
     def reserve(self, sequence_id: str, *, start: int, end: int) -> list[BlockCopy] | None:
         """Makes the slots [start, end) exist and writable, and those before `start` exist.
@@ -157,7 +172,7 @@ class BlockManager:
         sequence = self._get(sequence_id)
         if not 0 <= start <= end:
             raise SequenceError(f"sequence {sequence_id!r}: [{start}, {end}) is no range of slots")
-        blocks, table, num_blocks = self._blocks, sequence.table, -(-end // self.block_size)
+        blocks, table, num_blocks = self._pool.blocks, sequence.table, -(-end // self.block_size)
         num_held = len(table)
         shared: list[int] = []
         for index in range(start // self.block_size, num_blocks if num_blocks < num_held else num_held):
@@ -166,15 +181,15 @@ class BlockManager:
                 shared.append(index)
         copies: list[BlockCopy] = []
         if num_blocks > num_held or shared:
-            if max(num_blocks - num_held, 0) + len(shared) > self._free_queue.num_blocks:
+            if max(num_blocks - num_held, 0) + len(shared) > self._pool.free_queue.num_blocks:
                 return None
             self._just_opened = None
             copies = [self._copy_on_write(sequence, index) for index in shared]
-            table.extend([self._take_free_block().block_id for _ in range(num_blocks - num_held)])
+            table.extend([self._pool.take().block_id for _ in range(num_blocks - num_held)])
             if self.tiers is not None:
                 if copies:
                     self.tiers.suspend()
-                self._fetch_stored_pages(self.tiers, sequence, table[num_held:])
+                fetch_stored_pages(self._pool, self.tiers, sequence, table[num_held:])
         if sequence.num_queried:
             self._count_admission(sequence)
         return copies
@@ -204,23 +219,45 @@ class BlockManager:
                 )
             self._publish_pages(sequence, token_ids, num_computed_tokens // self.block_size)
 
-    def fork(self, parent_id: str, child_id: str) -> None:
-        """Starts a sequence that shares all pages of another; whoever writes into a shared page first copies it.
+    def fork(self, parent_id: str, child_id: str, *, num_tokens: int | None = None, num_queried: int = 0) -> None:
+        """Starts a sequence that shares the pages of another; whoever writes into a shared page first copies it.
+
+        Args:
+            parent_id: A sequence.
+            child_id: A name that no open sequence has.
+            num_tokens: How many leading tokens they have in common, computed by the parent; None shares all its pages.
+            num_queried: Tokens of the child for the statistics of the prefix cache, where the fork stands in for
+                `open`; 0 counts nothing.
 
         Raises:
             UnknownSequenceError: No such parent.
             DuplicateSequenceError: The child's id is open already.
+            SequenceError: The parent has fewer slots than `num_tokens`.
         """
         parent = self._get(parent_id)
         if child_id in self._sequences:
             raise DuplicateSequenceError(child_id)
-        child = _Sequence(parent.salt, num_queried=0)
-        child.table = parent.table.copy()
-        child.num_published = parent.num_published
+        size, num_slots = self.block_size, len(parent.table) * self.block_size
+        num_tokens = num_slots if num_tokens is None else num_tokens
+        if not 0 <= num_tokens <= num_slots:
+            raise SequenceError(f"sequence {parent_id!r} has {num_slots} slots, which cannot share {num_tokens} tokens")
+        child = SequencePages(parent.salt, num_queried=num_queried)
+        child.table = parent.table[: num_blocks_for(num_tokens, size)]
+        child.num_published = min(parent.num_published, num_tokens // size)
+        child.num_found = num_tokens
         for block_id in child.table:
-            self._hold(self._blocks[block_id])
+            self._pool.hold(self._pool.blocks[block_id])
         self._sequences[child_id] = child
         self._just_opened = None
+
+    def can_share(self, sequence_id: str, num_tokens: int) -> bool:
+        """Whether the pages of a sequence's first tokens can be forked: none of them is still on its way from a tier.
+
+        Raises:
+            UnknownSequenceError: No such sequence.
+        """
+        table = self._get(sequence_id).table[: num_blocks_for(num_tokens, self.block_size)]
+        return self.tiers is None or not any(map(self.tiers.is_arriving, table))
 
     def truncate(self, sequence_id: str, num_tokens: int) -> None:
         """Forgets all tokens but the first `num_tokens` and gives back the pages that no longer hold any.
@@ -236,7 +273,7 @@ class BlockManager:
                 f"sequence {sequence_id!r} cannot be truncated to {num_tokens} tokens: "
                 f"it has {len(sequence.table)} pages of {self.block_size}"
             )
-        self._release(sequence.table[num_kept:])
+        self._pool.release(sequence.table[num_kept:])
         del sequence.table[num_kept:]
         sequence.num_published = min(sequence.num_published, num_tokens // self.block_size)
         self._just_opened = None
@@ -258,17 +295,10 @@ class BlockManager:
             UnknownSequenceError: No such sequence.
         """
         sequence = self._get(sequence_id)
-        first, end = sequence.num_published, num_blocks_for(num_computed_tokens, self.block_size)
-        table = sequence.table[first:end]
-        if self.tiers is None or not table or any(self._blocks[block_id].content for block_id in table):
+        if self.tiers is None:
             return False
-        pages, parent = [], self._last_published(sequence)
-        for index, block_id in enumerate(table, start=first):
-            start = index * self.block_size
-            tokens = tuple(token_ids[start : min(start + self.block_size, num_computed_tokens)])
-            parent = self._cache.new_content(parent, tokens, sequence.salt)
-            pages.append((parent, block_id))
-        return self.tiers.save(sequence_id, pages)
+        token_ids = token_ids[:num_computed_tokens]
+        return save_pages(self._pool, self.tiers, sequence_id, sequence, token_ids, block_size=self.block_size)
 
     def forget_saved(self, sequence_id: str) -> None:
         """Gives up what `save` kept; nothing happens if it kept nothing."""
@@ -298,131 +328,59 @@ class BlockManager:
         del self._sequences[sequence_id]
         if sequence.awaited and self.tiers is not None:
             self.tiers.unpin(sequence.awaited)
-        self._release(sequence.table, undo=sequence is self._just_opened)
+        self._pool.release(sequence.table, undo=sequence is self._just_opened)
         self._just_opened = None
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all published pages, for instance because the weights changed; False if any page is in use."""
-        if self._free_queue.num_blocks < self.num_blocks:
+        if self._pool.free_queue.num_blocks < self.num_blocks:
             return False
-        self._cache.clear()
+        self._pool.cache.clear()
         if self.tiers is not None:
             self.tiers.clear()
         return True
 
-    # -- Checking --------------------------------------------------------------------------------
-
     def check_invariants(self) -> None:
         """Asserts that the books balance; walks over everything, for tests and for idle moments."""
-        holders = Counter(block_id for sequence in self._sequences.values() for block_id in sequence.table)
-        usable = self._blocks[FIRST_BLOCK:]
-        for block in self._blocks:
-            assert block.ref_count == holders[block.block_id], f"{block} is held {holders[block.block_id]} times"
-        free = [block.block_id for block in self._free_queue]
-        assert len(free) == len(set(free)) == self.num_free_blocks, "the free queue miscounts"
-        assert set(free) == {block.block_id for block in usable if block.ref_count == 0}, "free is not unused"
-        assert len(free) + len(holders) == self.num_blocks, "free + used pages are not all pages"
-        assert set(self._cache) == {block for block in self._blocks if block.content}, "published pages are misfiled"
-        self._cache.check_invariants()
-        if self.tiers is not None:
-            self.tiers.check_invariants()
-            contents = {block.content.content_id: block.content for block in self._cache if block.content}
-            for page in (*self.tiers.host, *self.tiers.disk):
-                known = contents.get(page.content.content_id, page.content)
-                assert known == page.content, f"{page} shares its id with another content"
-        for sequence_id, sequence in self._sequences.items():
-            self._check_sequence(sequence_id, sequence)
-
-    def _check_sequence(self, sequence_id: str, sequence: _Sequence) -> None:
-        assert len(set(sequence.table)) == len(sequence.table), f"{sequence_id!r} holds a page twice"
-        assert sequence.num_published <= len(sequence.table), f"{sequence_id!r} published what it does not hold"
-        parent_id = 0
-        for block_id in sequence.table[: sequence.num_published]:
-            content = self._blocks[block_id].content
-            assert content is not None, f"{sequence_id!r} counts the private page {block_id} as published"
-            assert content.parent_id == parent_id, f"page {block_id} of {sequence_id!r} stands in a wrong chain"
-            assert content.salt == sequence.salt, f"page {block_id} of {sequence_id!r} has another salt"
-            assert len(content.tokens) == self.block_size, f"page {block_id} was published before it was full"
-            parent_id = content.content_id
+        check_books(self._pool, self._sequences, block_size=self.block_size)
 
     # -- Moving pages ----------------------------------------------------------------------------
 
-    def _get(self, sequence_id: str) -> _Sequence:
+    def _get(self, sequence_id: str) -> SequencePages:
         try:
             return self._sequences[sequence_id]
         except KeyError:
             raise UnknownSequenceError(sequence_id) from None
 
-    def _hold_cached_prefix(self, sequence: _Sequence, token_ids: Sequence[int]) -> None:
+    def _hold_cached_prefix(self, sequence: SequencePages, token_ids: Sequence[int]) -> None:
         size, parent = self.block_size, None
         for start in range(0, len(token_ids) - size, size):
-            block = self._cache.find(parent, tuple(token_ids[start : start + size]), sequence.salt)
+            block = self._pool.cache.find(parent, tuple(token_ids[start : start + size]), sequence.salt)
             if block is None:
                 break
-            self._hold(block)
+            self._pool.hold(block)
             sequence.table.append(block.block_id)
             parent = block.content
         sequence.num_published = len(sequence.table)
 
-    def _await_stored_pages(
-        self, tiers: PageTiers, sequence_id: str, sequence: _Sequence, token_ids: Sequence[int]
-    ) -> None:
-        """Continues the prefix with pages of a tier, which stay there until `reserve` has a place for them."""
-        size, parent, pages = self.block_size, self._last_published(sequence), []
-        begin = start = sequence.num_published * size
-        while self.enable_prefix_caching and start + size < len(token_ids):
-            tokens = tuple(token_ids[start : start + size])
-            page_hash = self._cache.hash_of(parent, tokens, sequence.salt)
-            page = tiers.find(parent, tokens, sequence.salt, page_hash=page_hash)
-            if page is None:
-                break
-            pages.append(page)
-            parent, start = page.content, start + size
-        pages += tiers.find_saved(sequence_id, parent, token_ids, start=start, salt=sequence.salt)
-        num_tokens = sum(len(page.content.tokens) for page in pages)
-        num_host = sum(page.level is tiers.host for page in pages)
-        if not pages or not tiers.costs.worth_fetching(
-            num_host_pages=num_host, num_disk_pages=len(pages) - num_host, num_tokens=num_tokens
-        ):
-            return
-        assert begin + num_tokens < len(token_ids), "the last token is always computed"
-        tiers.pin(pages)
-        sequence.awaited, sequence.num_awaited_tokens = pages, num_tokens
-
-    def _fetch_stored_pages(self, tiers: PageTiers, sequence: _Sequence, block_ids: Sequence[int]) -> None:
-        """Plans the way back of what was found, into the first of the pages that were just taken."""
-        pages, sequence.awaited, sequence.num_awaited_tokens = sequence.awaited, [], 0
-        tiers.unpin(pages)
-        for page, block_id in zip(pages, block_ids, strict=False):
-            tiers.fetch(page, block_id)
-            if sequence.num_queried:
-                num_tokens = len(page.content.tokens)
-                self.stats.hits += num_tokens
-                if page.level is tiers.host:
-                    self.stats.host_hits += num_tokens
-                else:
-                    self.stats.disk_hits += num_tokens
-        if pages and pages[-1].owner is not None:
-            tiers.forget(pages[-1].owner)
-
-    def _count_admission(self, sequence: _Sequence) -> None:
-        self.stats.queries += sequence.num_queried
-        self.stats.hits += sequence.num_published * self.block_size
+    def _count_admission(self, sequence: SequencePages) -> None:
+        self._pool.stats.queries += sequence.num_queried
+        self._pool.stats.hits += sequence.num_found
         sequence.num_queried = 0
 
-    def _publish_pages(self, sequence: _Sequence, token_ids: Sequence[int], num_full: int) -> None:
+    def _publish_pages(self, sequence: SequencePages, token_ids: Sequence[int], num_full: int) -> None:
         size, table = self.block_size, sequence.table
-        parent = self._last_published(sequence)
+        parent = self._pool.last_published(sequence)
         for index in range(sequence.num_published, num_full):
-            block = self._blocks[table[index]]
+            block = self._pool.blocks[table[index]]
             tokens = tuple(token_ids[index * size : (index + 1) * size])
             keeper = self._publish_page(block, parent, tokens, sequence.salt)
             if keeper is None:  # a hash collision: the page stays private, and so do those behind it
                 return
             if keeper is not block:
-                self._hold(keeper)
+                self._pool.hold(keeper)
                 table[index] = keeper.block_id
-                self._release([block.block_id])
+                self._pool.release([block.block_id])
                 self._just_opened = None
             sequence.num_published = index + 1
             parent = keeper.content
@@ -431,79 +389,16 @@ class BlockManager:
         self, block: Block, parent: PageContent | None, tokens: tuple[int, ...], salt: str
     ) -> Block | None:
         if block.content is None:
-            return self._cache.add(block, parent, tokens, salt, known=self._known_content(parent, tokens, salt))
+            known = None if self.tiers is None else known_content(self._pool, self.tiers, parent, tokens, salt)
+            return self._pool.cache.add(block, parent, tokens, salt, known=known)
         if not block.content.holds(parent, tokens, salt):
             raise SequenceError(f"page {block.block_id} is published with other tokens; reserve() before writing")
         return block  # a fork published it, or it was truncated and not written since
 
-    def _known_content(self, parent: PageContent | None, tokens: tuple[int, ...], salt: str) -> PageContent | None:
-        if self.tiers is None:
-            return None
-        page = self.tiers.find(parent, tokens, salt, page_hash=self._cache.hash_of(parent, tokens, salt))
-        return None if page is None else page.content
-
-    def _last_published(self, sequence: _Sequence) -> PageContent | None:
-        if not sequence.num_published:
-            return None
-        return self._blocks[sequence.table[sequence.num_published - 1]].content
-
-    def _copy_on_write(self, sequence: _Sequence, index: int) -> BlockCopy:
+    def _copy_on_write(self, sequence: SequencePages, index: int) -> BlockCopy:
         source = sequence.table[index]
-        destination = self._take_free_block().block_id
+        destination = self._pool.take().block_id
         sequence.table[index] = destination
         sequence.num_published = min(sequence.num_published, index)
-        self._release([source])
+        self._pool.release([source])
         return BlockCopy(source, destination)
-
-    def _take_free_block(self) -> Block:
-        block = self._free_queue.pop_front()
-        if self.tiers is not None:
-            self.tiers.retake(block.block_id)
-            if block.content is not None:
-                self.tiers.store(block.content, block.block_id)
-        if block.content is not None:
-            self._cache.remove(block)
-            self.stats.evictions += 1
-        block.ref_count = 1
-        return block
-
-    def _hold(self, block: Block) -> None:
-        if block.ref_count == 0:
-            self._free_queue.remove(block)
-        block.ref_count += 1
-
-    def _release(self, block_ids: Sequence[int], *, undo: bool = False) -> None:
-        """Lets go of pages, the last one first: the end of a prefix is worth less than its beginning."""
-        for block_id in reversed(block_ids):
-            block = self._blocks[block_id]
-            block.ref_count -= 1
-            if block.ref_count:
-                continue
-            if undo:
-                self._free_queue.put_back(block)
-            elif block.content is None:  # worth nothing to anyone: used next, while it is still warm
-                self._free_queue.push_front(block)
-            else:
-                self._free_queue.push_back(block)
-
-
-class _Sequence:
-    """One sequence's pages.
-
-    Attributes:
-        table: Page ids in the order of the tokens.
-        num_published: Leading pages that are published; their contents form one chain.
-        num_queried: Tokens with which it was opened, until its admission has been counted.
-        awaited: Pages of a tier that continue the published ones, until `reserve` plans their way back.
-        num_awaited_tokens: Tokens in those.
-    """
-
-    __slots__ = ("awaited", "num_awaited_tokens", "num_published", "num_queried", "salt", "table")
-
-    def __init__(self, salt: str, *, num_queried: int) -> None:
-        self.table: list[int] = []
-        self.salt = salt
-        self.num_published = 0
-        self.num_queried = num_queried
-        self.awaited: list[StoredPage] = []
-        self.num_awaited_tokens = 0

@@ -171,6 +171,10 @@ class PageTiers:
         self._arriving[block_id] = self._emit("in" if page.level is self.host else "load", page.slot, block_id)
         self.stats.num_fetched += 1
 
+    def is_arriving(self, block_id: int) -> bool:
+        """Whether a pool page is to be filled by a move whose step has not returned."""
+        return block_id in self._arriving
+
     def retake(self, block_id: int) -> None:
         """A pool page was handed to someone else: whatever was to fill it no longer matters."""
         self._arriving.pop(block_id, None)

@@ -15,6 +15,7 @@ from aios_parallel.vocabulary import gather_logits
 from aios_sched.batch import pack
 from aios_sched.model_runner import move_pages
 from aios_sched.output import StepResult
+from aios_sched.verification import draw
 
 if TYPE_CHECKING:
     from aios_kvcache.page_mover import PageMover
@@ -104,18 +105,17 @@ class StageRunner:
         if not self._place.is_last_stage:
             self._pipeline_group.send(hidden_TD.contiguous(), to=self._place.stage + 1)
             return None
-        return self._sample(hidden_TD, batch)
+        return self._sample(hidden_TD, batch, output)
 
     def _receive(self, num_tokens: int) -> torch.Tensor:
         hidden_TD = torch.empty(num_tokens, self._hidden_size, dtype=self._dtype, device=self._model.device)
         return self._pipeline_group.receive(hidden_TD, source=self._place.stage - 1)
 
-    def _sample(self, hidden_TD: torch.Tensor, batch: PackedBatch) -> StepResult | None:
+    def _sample(self, hidden_TD: torch.Tensor, batch: PackedBatch, output: SchedulerOutput) -> StepResult | None:
         if not batch.sampling:
             return StepResult(sampled={}) if self._place.samples else None
         hidden_SD = hidden_TD if len(batch.sampling) == len(hidden_TD) else hidden_TD[batch.sample_rows_S]
         logits_SV = gather_logits(self._model.logits(hidden_SD), self._tensor_group, vocab_size=self.vocab_size)
         if logits_SV is None:
             return None
-        tokens = self._sampler.sample(logits_SV, batch.sampling)
-        return StepResult(sampled={row.request_id: token for row, token in zip(batch.sampling, tokens, strict=True)})
+        return draw(self._sampler, logits_SV, batch, output)

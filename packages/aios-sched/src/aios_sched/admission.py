@@ -61,7 +61,7 @@ class Admission:
             return None
         manager, request_id = self._block_manager, request.request_id
         num_free_blocks = manager.num_free_blocks
-        num_cached = manager.open(request_id, request.token_ids, salt=request.cache_salt, use_tiers=request.use_tiers)
+        num_cached = self._open(request, running)
         copies = None
         try:
             self._refusal = self._reason_to_wait(request, num_cached, num_free_blocks, running, budget)
@@ -87,6 +87,36 @@ class Admission:
         if num_running < refusal.num_running:  # somebody left: what is expected has changed
             return False
         return self._block_manager.num_free_blocks < refusal.num_free_blocks or budget < refusal.budget
+
+    def _open(self, request: Request, running: Sequence[Request]) -> int:
+        """Starts the request's block table with the most that can be had; returns how many tokens that are."""
+        manager, request_id = self._block_manager, request.request_id
+        num_cached = manager.open(request_id, request.token_ids, salt=request.cache_salt, use_tiers=request.use_tiers)
+        # All but the newest of its tokens: the logits behind that one are wanted.
+        num_shared = min(len(request.prompt_token_ids), request.num_tokens - 1)
+        if num_shared > num_cached and (twin := self._find_twin(request, num_shared, running)) is not None:
+            manager.free(request_id)
+            manager.fork(twin.request_id, request_id, num_tokens=num_shared, num_queried=request.num_tokens)
+            return num_shared
+        return num_cached
+
+    def _find_twin(self, request: Request, num_shared: int, running: Sequence[Request]) -> Request | None:
+        """Somebody with the very same prompt who has computed it: one of the n choices of the same request, mostly.
+
+        The prefix cache would serve whole pages of it; forked, a page that is not full is shared too, and the last.
+        """
+        if not self._block_manager.enable_prefix_caching:  # then nobody is to notice what others asked
+            return None
+        for other in running:
+            if (
+                other.num_computed_tokens >= num_shared
+                and other.prompt_token_ids == request.prompt_token_ids
+                and other.cache_salt == request.cache_salt
+                and not other.has_lost_pages
+                and self._block_manager.can_share(other.request_id, num_shared)
+            ):
+                return other
+        return None
 
     def _reason_to_wait(
         self, request: Request, num_cached: int, num_free_blocks: int, running: Sequence[Request], budget: int

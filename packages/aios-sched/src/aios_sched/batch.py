@@ -1,6 +1,6 @@
 """From a step as plain data to tensors: all its tokens packed along one dimension, without padding.
 
-Legend: T packed tokens of all requests, S rows that sample.
+Legend: T packed tokens of all requests, S rows that sample: one of each request that does, and one for each draft.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from aios_kvcache.paged_cache import SequenceSlice
+from aios_model.sampling.drafted_rows import rows_with_drafts
 
 if TYPE_CHECKING:
     from aios_model.sampling.rows import SamplingRow
@@ -26,8 +27,10 @@ class PackedBatch:
         tokens_T: Token ids, int64; one request's tokens stand together, prefill chunks and decodes side by side.
         positions_T: Each token's position in its own sequence, int64.
         sequences: For the cache: which tokens belong together and which pages are theirs.
-        sample_rows_S: Where in T the last token of each request that samples stands, int64.
+        sample_rows_S: Where in T the tokens stand behind which one is drawn, int64: the last known one of each request
+            that samples, and its drafts.
         sampling: How to draw for those S rows.
+        has_drafts: Whether some requests have more than one of them.
     """
 
     tokens_T: torch.Tensor
@@ -35,6 +38,7 @@ class PackedBatch:
     sequences: list[SequenceSlice]
     sample_rows_S: torch.Tensor
     sampling: list[SamplingRow]
+    has_drafts: bool = False
 
 
 def pack(output: SchedulerOutput, *, device: torch.device) -> PackedBatch:
@@ -45,10 +49,15 @@ def pack(output: SchedulerOutput, *, device: torch.device) -> PackedBatch:
     requests = output.requests
     rows: list[int] = []
     sampling: list[SamplingRow] = []
-    num_tokens = 0
+    num_tokens, has_drafts = 0, False
     for request in requests:
         num_tokens += len(request.token_ids)
-        if request.sampling is not None:
+        if request.num_drafts:
+            has_drafts = True
+            assert request.sampling is not None, "drafts stand behind the last known token"
+            rows += range(num_tokens - 1 - request.num_drafts, num_tokens)
+            sampling += rows_with_drafts(request.sampling, request.token_ids[request.num_known_tokens :])
+        elif request.sampling is not None:
             rows.append(num_tokens - 1)
             sampling.append(request.sampling)
     tokens = chain.from_iterable(request.token_ids for request in requests)
@@ -59,4 +68,5 @@ def pack(output: SchedulerOutput, *, device: torch.device) -> PackedBatch:
         sequences=[SequenceSlice(start=r.start, length=len(r.token_ids), block_table=r.block_table) for r in requests],
         sample_rows_S=torch.tensor(rows, dtype=torch.int64, device=device),
         sampling=sampling,
+        has_drafts=has_drafts,
     )

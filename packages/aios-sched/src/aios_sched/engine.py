@@ -8,7 +8,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aios_sched.errors import ExecutorLostError, SchedulingError, describe
 from aios_sched.stats import EngineStats, StepStats
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from aios_kvcache.block_manager import BlockManager
+    from aios_sched.drafting import Drafting
     from aios_sched.executor import Executor, StepHandle
     from aios_sched.output import SchedulerOutput, StepResult, TokenOutput
     from aios_sched.request import FinishReason, Request
@@ -40,12 +41,22 @@ class Engine:
         scheduler: Plans steps.
         executor: Runs them.
         listeners: Are told of every step and every finished request.
+        drafting: Guesses tokens ahead, which steps then check beside computing others; None for plain decoding. The
+            tokens that come out are the same.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, listeners: Sequence[StatsListener] = ()) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        listeners: Sequence[StatsListener] = (),
+        *,
+        drafting: Drafting | None = None,
+    ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._listeners = tuple(listeners)
+        self._drafting = drafting
         self._in_flight: deque[_Step] = deque()  # oldest first
         self._suspects: deque[str] = deque()  # were in a step that failed; each reruns alone
         self._num_steps = 0
@@ -99,6 +110,8 @@ class Engine:
             outputs += self._take_result(self._in_flight.popleft())
         else:
             assert outputs or not self._scheduler.has_unfinished, "requests are open, but none can run"
+        if self._drafting is not None and not self._scheduler.has_unfinished:
+            self._drafting.forget_those_who_left(self._scheduler)
         self._step_seconds += perf_counter() - started
         self._tell_finished(outputs)
         return outputs
@@ -125,6 +138,7 @@ class Engine:
             num_failed_steps=self._num_failed_steps,
             schedule_seconds=self._schedule_seconds,
             step_seconds=self._step_seconds,
+            **_draft_stats(self._drafting),
         )
 
     # -- forward -------------------------------------------------------------------------------------------------------
@@ -140,13 +154,19 @@ class Engine:
         return failed
 
     def _plan(self, failed: list[TokenOutput], *, only: str | None = None) -> _Step | None:
-        """The next step. A request that cannot even be planned fails, and the others are planned without it."""
+        """The next step. A request that cannot even be planned fails, and the others are planned without it.
+
+        Whoever reruns alone does so without drafts: if they were to blame, it goes on.
+        """
+        draft_seconds = self._drafting.draft(self._scheduler) if self._drafting is not None and only is None else 0.0
         started = perf_counter()
         try:
             while True:
                 try:
                     output = self._scheduler.schedule(only=only)
-                    return None if output is None else _Step(output=output, is_rerun=only is not None)
+                    if output is None:
+                        return None
+                    return _Step(output=output, is_rerun=only is not None, draft_seconds=draft_seconds)
                 except SchedulingError as error:
                     _log.exception("Planning a step failed at request %s", error.request_id)
                     failed += self._scheduler.fail(error.request_id, str(error))
@@ -187,6 +207,8 @@ class Engine:
         self._scheduler.note_step(step.output, seconds)
         outputs = self._scheduler.update(step.output, result)
         self._schedule_seconds += perf_counter() - started
+        if self._drafting is not None:
+            self._drafting.note(step.output, result, seconds=seconds, proposer_seconds=step.draft_seconds)
         self._tell_step(step.output, result, seconds)
         return outputs
 
@@ -218,8 +240,9 @@ class Engine:
             step_id=output.step_id,
             num_requests=len(output.requests),
             num_tokens=output.num_scheduled_tokens,
-            num_sampled=len(result.sampled),
+            num_sampled=len(result.sampled) + sum(map(len, result.further.values())),
             seconds=seconds,
+            num_drafts=sum(row.num_drafts for row in output.requests) if self._drafting is not None else 0,
         )
         self._tell(lambda listener: listener.on_step(stats))
 
@@ -236,6 +259,19 @@ class Engine:
                 call(listener)
             except Exception:
                 _log.exception("%r failed; statistics may be incomplete", listener)
+
+
+def _draft_stats(drafting: Drafting | None) -> dict[str, Any]:
+    """Fields of EngineStats about drafts."""
+    if drafting is None:
+        return {}
+    stats = drafting.stats
+    return {
+        "num_drafts": stats.num_drafts,
+        "num_draft_tokens": stats.num_draft_tokens,
+        "num_accepted_tokens": stats.num_accepted_tokens,
+        "draft_seconds": stats.seconds,
+    }
 
 
 def _tier_stats(pages: BlockManager) -> dict[str, int]:
@@ -260,6 +296,7 @@ class _Step:
 
     output: SchedulerOutput
     is_rerun: bool
+    draft_seconds: float = 0.0  # that went into its drafts beforehand
     submitted: float = field(default_factory=perf_counter)
     handle: StepHandle | None = None
     error: Exception | None = None  # of submitting it

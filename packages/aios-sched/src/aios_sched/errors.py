@@ -4,10 +4,11 @@
      ├─ QueueFullError         too many requests wait already; try again later
      ├─ SchedulingError        planning a step failed at one request
      ├─ StepResultError        a step came back without a token that it owed
+     ├─ ProposerError          whoever drafts tokens did not answer as asked
      └─ ExecutorLostError      what runs the steps is gone, and with it all keys and values
 
 Only QueueFullError reaches the caller of `Engine.add`. SchedulingError and StepResultError end one request each, with
-finish_reason "error"; ExecutorLostError ends the engine.
+finish_reason "error"; ProposerError costs drafts only; ExecutorLostError ends the engine.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ class SchedulingError(AiosError):
 
 class StepResultError(AiosError):
     """A step came back without a token that it was asked to sample, or out of order."""
+
+
+class ProposerError(AiosError):
+    """A proposer did not do what `Proposer` asks of it, or cannot be made as asked."""
 
 
 class ExecutorLostError(AiosError):

@@ -8,6 +8,7 @@ import torch
 
 from aios_sched.batch import pack
 from aios_sched.output import StepResult
+from aios_sched.verification import draw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,6 +80,8 @@ class ModelRunner:
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Computes the step's tokens, all layers once, and draws the next token of each request that samples.
 
+        Drafts among them are checked: behind those that are right, a token is drawn, too.
+
         Logits are computed for those S rows only: the head is a fifth of the bundled model's weights, and the other
         tokens of a prompt have no use for it.
 
@@ -97,9 +100,9 @@ class ModelRunner:
         # Where every token samples, as in a step of decodes, the rows are the hidden states as they are.
         hidden_SD = hidden_TD if len(batch.sampling) == len(hidden_TD) else hidden_TD[batch.sample_rows_S]
         logits_SV = self._decoder.logits(hidden_SD)
-        tokens = self._sampler.sample(logits_SV, batch.sampling)
-        sampled = {row.request_id: token for row, token in zip(batch.sampling, tokens, strict=True)}
-        return StepResult(sampled=sampled, lost_swaps=lost_swaps)
+        result = draw(self._sampler, logits_SV, batch, output)
+        result.lost_swaps = lost_swaps
+        return result
 
     def close(self) -> None:
         """Gives back what the tiers below the pool hold."""

@@ -23,11 +23,13 @@ class ScheduledRequest:
 
     Attributes:
         request_id: Whose.
-        token_ids: The tokens to compute.
+        token_ids: The tokens to compute: known ones, and behind them drafts.
         start: Position of the first of them; everything before it is in the pages already.
         block_table: Pages of the request, in order; they cover at least the tokens above. A copy: the table may
             change while the step is on its way.
-        sampling: How to draw the token behind them; None for a chunk that does not end what is known.
+        sampling: How to draw the token behind the known ones; None for a chunk that does not end what is known.
+        num_drafts: How many of the tokens, the last ones, are only guesses. Behind each of them a token is drawn, too,
+            and the guesses hold as far as they are what was drawn.
     """
 
     request_id: str
@@ -35,6 +37,12 @@ class ScheduledRequest:
     start: int
     block_table: list[int]
     sampling: SamplingRow | None
+    num_drafts: int = 0
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that are no drafts."""
+        return len(self.token_ids) - self.num_drafts
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,11 +75,13 @@ class StepResult:
     """What came of a step: a token for every request that was to sample.
 
     Attributes:
-        sampled: The tokens, by request.
+        sampled: The tokens behind the known ones, by request.
+        further: Where drafts were right: the tokens drawn behind those, as many as drafts were right.
         lost_swaps: Numbers of the step's moves that could not read their page; what was computed on top is worthless.
     """
 
     sampled: dict[str, SampledToken]
+    further: dict[str, list[SampledToken]] = field(default_factory=dict)
     lost_swaps: tuple[int, ...] = ()
 
 
@@ -98,3 +108,12 @@ class TokenOutput:
     num_cached_tokens: int = 0
     error: str | None = None
     timing: RequestTiming | None = None
+
+    def extend(self, later: TokenOutput) -> None:
+        """Adds the news that came behind these."""
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+        self.error = later.error
+        self.timing = later.timing

@@ -49,6 +49,7 @@ class StepPlanner:
         running: Those with pages and a seat, the most important first.
         block_copies: Copies of pages that the next step has to make; they outlive a plan that is dropped.
         num_preemptions: Times a running request lost its pages.
+        has_drafts: Whether any request has drafts for the next step.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class StepPlanner:
         self.running: list[Request] = []
         self.block_copies: list[BlockCopy] = []
         self.num_preemptions = 0
+        self.has_drafts = False
         self._config = config
         self._block_manager = block_manager
         self._clock = clock
@@ -106,6 +108,7 @@ class StepPlanner:
         return self._admission.is_still_refused(request, budget, len(self.running))
 
     def _plan_step(self, plan: StepPlan) -> None:
+        """Drafts come last: they get the tokens and the pages that nobody else has use for."""
         self._free_a_seat()
         num_preemptions = self.num_preemptions
         prefills = self._plan_decodes(plan)
@@ -113,6 +116,8 @@ class StepPlanner:
         plan.admits = num_preemptions == self.num_preemptions
         self._plan_prefills(prefills, plan)
         self._plan_newcomers(plan)
+        if self.has_drafts:
+            self._plan_drafts(plan)
 
     def _free_a_seat(self) -> None:
         """Lets the policy give the seat of the least important request to the next one in line."""
@@ -179,6 +184,43 @@ class StepPlanner:
             insort(running, request, key=Request.importance)
             self._take_tokens(request, plan)
 
+    def _plan_drafts(self, plan: StepPlan) -> None:
+        """Adds drafts to the rows that draw a token, as many as the budget and the free pages hold.
+
+        Nobody gives way to a draft, now or in a step that leaves before this one returns: a page for each running
+        request stays free.
+        """
+        self.has_drafts = False
+        for request, row in zip(plan.requests, plan.rows, strict=True):
+            drafts = request.draft_token_ids
+            if not drafts or row.sampling is None:
+                continue
+            if not plan.budget:
+                return
+            plan.current = request
+            num_known = len(request.token_ids)
+            num_drafts = min(len(drafts), plan.budget, self._num_draft_slots(row))
+            if num_drafts:
+                self._take_draft_pages(request, row, end=num_known + num_drafts)
+                row.token_ids += drafts[:num_drafts]
+                row.num_drafts = num_drafts
+                plan.budget -= num_drafts
+
+    def _take_draft_pages(self, request: Request, row: ScheduledRequest, *, end: int) -> None:
+        """Pages behind those of the row, up to the slot `end`. What those hold is the row's to write already."""
+        num_slots = len(row.block_table) * self._block_manager.block_size
+        if end <= num_slots:
+            return
+        copies = self._block_manager.reserve(request.request_id, start=num_slots, end=end)
+        assert copies == [], "new pages are nobody else's, and they were counted"
+        row.block_table = self._block_manager.block_table(request.request_id)
+
+    def _num_draft_slots(self, row: ScheduledRequest) -> int:
+        """Slots behind the row's tokens that drafts may have: those in its pages, and those in pages to spare."""
+        manager = self._block_manager
+        num_spare = max(0, manager.num_free_blocks - len(self.running))
+        return (len(row.block_table) + num_spare) * manager.block_size - row.start - len(row.token_ids)
+
     def _take_page(self, request: Request) -> bool:
         """Makes the slot of the request's next token writable, at the cost of less important ones if need be.
 
@@ -224,6 +266,7 @@ class StepPlanner:
             request.has_lost_pages = request.use_tiers = False
             request.num_cached_tokens = 0
         request.status = RequestStatus.PREEMPTED
+        request.draft_token_ids = []
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -241,7 +284,7 @@ class StepPlanner:
                 token_ids=token_ids[start:end],
                 start=start,
                 block_table=self._block_manager.block_table(request_id),
-                sampling=_sampling_row(request) if end == len(token_ids) else None,
+                sampling=sampling_row(request) if end == len(token_ids) else None,
             )
         )
         plan.budget -= end - start
@@ -268,7 +311,8 @@ class StepPlan:
         self.rows: list[ScheduledRequest] = []
 
 
-def _sampling_row(request: Request) -> SamplingRow:
+def sampling_row(request: Request) -> SamplingRow:
+    """How to draw the token behind those that are known."""
     return SamplingRow(
         request_id=request.request_id,
         params=request.params,

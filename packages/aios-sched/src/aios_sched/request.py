@@ -56,7 +56,9 @@ class Request:
         token_ids: Prompt and output, in one list. Kept through preemption: outputs are never sampled twice.
         output_token_ids: The output alone.
         num_computed_tokens: Tokens, from the first, whose keys and values are in the cache.
-        num_in_flight_tokens: Tokens behind those, in steps that were submitted and have not returned.
+        num_in_flight_tokens: Tokens behind those, in steps that were submitted and have not returned. Drafts that go
+            with them do not count.
+        draft_token_ids: Guesses of the tokens behind the known ones, for the next step to check; see `drafting.py`.
         num_cached_tokens: Tokens of the prompt that were found in the prefix cache when it first ran.
         stop_token_ids: The tokens that end this request.
         max_tokens: Most output tokens; the scheduler resolves None of the params to what the context leaves.
@@ -74,6 +76,7 @@ class Request:
         "arrival_time",
         "cache_salt",
         "deadline",
+        "draft_token_ids",
         "eos_token_ids",
         "finish_reason",
         "finished_time",
@@ -130,6 +133,7 @@ class Request:
         self.status = RequestStatus.WAITING
         self.token_ids = list(self.prompt_token_ids)
         self.output_token_ids: list[int] = []
+        self.draft_token_ids: list[int] = []
         self.num_computed_tokens = 0
         self.num_in_flight_tokens = 0
         self.num_cached_tokens = 0

@@ -25,7 +25,7 @@ from aios_sched.stop import check_stop
 from aios_sched.validation import check_deadline, check_pool, resolve_max_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from aios_kvcache.block_manager import BlockManager
     from aios_model.sampling.rows import SampledToken
@@ -160,6 +160,33 @@ class Scheduler:
         if limit is not None and num_queued >= limit:
             raise QueueFullError(f"{num_queued} requests wait already, and at most {limit} may; try again later")
 
+    # -- drafts --------------------------------------------------------------------------------------------------------
+
+    @property
+    def running(self) -> Sequence[Request]:
+        """Requests with a seat and pages, the most important first."""
+        return self._planner.running
+
+    @property
+    def num_spare_tokens(self) -> int:
+        """Tokens that the next step has left for drafts, unless newcomers take them."""
+        wanted = sum(request.num_new_tokens for request in self._planner.running)
+        return max(0, self.config.max_num_batched_tokens - wanted)
+
+    def is_open(self, request: Request) -> bool:
+        """Whether it waits, runs, or has a step on its way."""
+        return self._requests.get(request.request_id) is request
+
+    def put_drafts(self, request: Request, draft_token_ids: list[int]) -> None:
+        """Lets the next step check guesses of what follows the request's known tokens, as far as there is room.
+
+        Args:
+            request: A running one.
+            draft_token_ids: At most as many that one more token is within its `max_tokens` and the context.
+        """
+        request.draft_token_ids = draft_token_ids
+        self._planner.has_drafts |= bool(draft_token_ids)
+
     # -- a step leaves -------------------------------------------------------------------------------------------------
 
     def schedule(self, *, only: str | None = None) -> SchedulerOutput | None:
@@ -185,8 +212,10 @@ class Scheduler:
         num_tokens = 0
         for request, row in zip(plan.requests, plan.rows, strict=True):
             num_row_tokens = len(row.token_ids)
-            request.num_in_flight_tokens += num_row_tokens
+            request.num_in_flight_tokens += num_row_tokens - row.num_drafts
             num_tokens += num_row_tokens
+            if request.draft_token_ids:  # those that had no place are of no use behind the token to come
+                request.draft_token_ids = []
         tiers = self.block_manager.tiers
         first_swap, swaps = (0, ()) if tiers is None else tiers.take_swaps()
         output = SchedulerOutput(
@@ -211,7 +240,8 @@ class Scheduler:
         tiers = self.block_manager.tiers
         if tiers is None or output.swaps:
             return
-        num_prefill_tokens = sum(len(row.token_ids) for row in output.requests if len(row.token_ids) > 1)
+        lengths = (row.num_known_tokens for row in output.requests)
+        num_prefill_tokens = sum(length for length in lengths if length > 1)
         if num_prefill_tokens >= MIN_PREFILL_TOKENS and 2 * num_prefill_tokens > output.num_scheduled_tokens:
             tiers.costs.note_prefill(output.num_scheduled_tokens, seconds)
 
@@ -228,7 +258,7 @@ class Scheduler:
             self._requests[request_id].has_lost_pages = self._has_losses = True
         for row in output.requests:
             request = self._requests[row.request_id]
-            request.num_in_flight_tokens -= len(row.token_ids)
+            request.num_in_flight_tokens -= len(row.token_ids) - row.num_drafts
             if request.status is RequestStatus.FINISHED:  # aborted while the step was on its way
                 self._release_unless_in_flight(request)
                 continue
@@ -252,9 +282,11 @@ class Scheduler:
         """
         for row in output.requests:
             request = self._requests[row.request_id]
-            request.num_in_flight_tokens -= len(row.token_ids)
+            request.num_in_flight_tokens -= len(row.token_ids) - row.num_drafts
             if request.status is RequestStatus.FINISHED:
                 self._release_unless_in_flight(request)
+            elif row.num_drafts:
+                self.block_manager.truncate(request.request_id, row.start + row.num_known_tokens)
         if (tiers := self.block_manager.tiers) is not None:
             tiers.rollback(output.first_swap, output.swaps, has_copies=bool(output.block_copies))
         self._restart_those_who_lost_pages()
@@ -275,19 +307,36 @@ class Scheduler:
         self._has_losses = any(request.has_lost_pages for request in broken)
 
     def _advance(self, request: Request, row: ScheduledRequest, result: StepResult) -> TokenOutput | None:
-        """Counts the row's tokens as computed and takes the token that was sampled behind them, if one was."""
+        """Counts the row's tokens as computed and takes what was drawn behind them, if anything was.
+
+        Drafts that were right are treated as steps of their own would be, one by one, until one ends the request: the
+        draft counts as computed, and the token behind it is appended. Pages that only the others needed go back.
+        """
+        if row.start != request.num_computed_tokens:
+            raise StepResultError(
+                f"step for position {row.start} applied at {request.num_computed_tokens}; apply steps in their order"
+            )
+        first, *further = _drawn(row, result)
+        self._count_computed(request, row.num_known_tokens)
+        if first is None:
+            return None
+        token_output = self._append(request, first)
+        for sampled in further:
+            if token_output.finish_reason is not None:
+                break
+            assert sampled is not None
+            self._count_computed(request, 1)
+            token_output.extend(self._append(request, sampled))
+        if row.num_drafts and token_output.finish_reason is None:
+            self.block_manager.truncate(request.request_id, request.num_computed_tokens)
+        return token_output
+
+    def _count_computed(self, request: Request, num_tokens: int) -> None:
         num_before = request.num_computed_tokens
-        num_computed = num_before + len(row.token_ids)
-        if row.start != num_before:
-            raise StepResultError(f"step for position {row.start} applied at {num_before}; apply steps in their order")
-        sampled = result.sampled.get(row.request_id) if row.sampling is not None else None
-        if row.sampling is not None and sampled is None:
-            raise StepResultError("the step returned no token for this request")
-        request.num_computed_tokens = num_computed
+        num_computed = request.num_computed_tokens = num_before + num_tokens
         block_size = self.block_manager.block_size
         if num_computed // block_size > num_before // block_size:  # a page was filled: others may find it now
             self.block_manager.publish(request.request_id, request.token_ids, num_computed)
-        return None if sampled is None else self._append(request, sampled)
 
     def _append(self, request: Request, sampled: SampledToken) -> TokenOutput:
         request.append_token(sampled.token_id)
@@ -345,3 +394,23 @@ class Scheduler:
         """Drops finished requests from the running ones: one pass per step, rather than a search for each of them."""
         running = self._planner.running
         running[:] = [request for request in running if request.status is RequestStatus.RUNNING]
+
+
+def _drawn(row: ScheduledRequest, result: StepResult) -> list[SampledToken | None]:
+    """What was drawn behind the row's known tokens, and behind the drafts that were right.
+
+    Raises:
+        StepResultError: Nothing was, or something was behind a draft that is not what was drawn in its place.
+    """
+    if row.sampling is None:
+        return [None]
+    sampled = result.sampled.get(row.request_id)
+    if sampled is None:
+        raise StepResultError("the step returned no token for this request")
+    if not row.num_drafts or (further := result.further.get(row.request_id)) is None:
+        return [sampled]
+    drafts = row.token_ids[row.num_known_tokens :]
+    accepted = [sampled.token_id, *(token.token_id for token in further[:-1])]
+    if len(further) > len(drafts) or accepted != drafts[: len(further)]:
+        raise StepResultError(f"the step took {accepted} for the drafts {drafts}")
+    return [sampled, *further]

@@ -34,6 +34,10 @@ class EngineStats:
         num_pages_stored: Pages copied from the pool to a tier.
         num_pages_fetched: Pages copied back.
         num_pages_lost: Pages that could not be read back, so that their tokens were computed again.
+        num_drafts: Times a request had drafted tokens in a step.
+        num_draft_tokens: Tokens that were drafted and checked.
+        num_accepted_tokens: Those that were right, each of them a token gained beside the one that every row gets.
+        draft_seconds: Time spent drafting; `schedule_seconds` do not hold it.
     """
 
     num_running: int
@@ -54,6 +58,15 @@ class EngineStats:
     num_pages_stored: int = 0
     num_pages_fetched: int = 0
     num_pages_lost: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    draft_seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafted tokens that were right, 0 to 1."""
+        return self.num_accepted_tokens / self.num_draft_tokens if self.num_draft_tokens else 0.0
 
     @property
     def scheduler_share(self) -> float:
@@ -93,6 +106,7 @@ class StepStats:
         num_requests: Rows in it.
         num_tokens: Tokens computed.
         num_sampled: Tokens that came of it.
+        num_drafts: Tokens of it that were only drafted.
         seconds: From its submission to its result.
     """
 
@@ -101,6 +115,7 @@ class StepStats:
     num_tokens: int
     num_sampled: int
     seconds: float
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

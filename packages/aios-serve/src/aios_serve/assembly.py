@@ -15,11 +15,13 @@ from aios_model.weights.hub import ModelFiles
 from aios_parallel.expert_load import ExpertLoad
 from aios_parallel.tracing.group_tracer import GroupTracer
 from aios_sched.config import SchedulerConfig
+from aios_sched.drafting import Drafting
 from aios_sched.engine import Engine
 from aios_sched.executor import Executor
 from aios_sched.policy.priority import DEFAULT_AGING_SECONDS
 from aios_sched.policy.registry import make_policy
 from aios_sched.scheduler import Scheduler
+from aios_sched.speculative.registry import make_controller, make_proposer
 from aios_serve.config import EngineConfig
 from aios_serve.engine_port import EnginePort, StepTokenCounter
 from aios_serve.model_info import EngineInfo
@@ -56,10 +58,11 @@ def assemble(
     executor: Executor,
     *,
     tiers: PageTiers | None = None,
+    drafting: Drafting | None = None,
 ) -> EnginePort:
     """The engine that plans steps within `limits` over the pages of `plan`, and has `executor` run them.
 
-    `tiers` are the books of what lies below the pool.
+    `tiers` are the books of what lies below the pool, `drafting` guesses tokens ahead.
     """
     block_manager = BlockManager(
         num_blocks=plan.num_blocks,
@@ -74,13 +77,38 @@ def assemble(
         aging_seconds=config.priority_aging_seconds or DEFAULT_AGING_SECONDS,
         tenant_weights=config.tenant_weights,
     )
-    engine = Engine(Scheduler(limits, block_manager, policy), executor, listeners=[step_tokens])
+    scheduler = Scheduler(limits, block_manager, policy)
+    engine = Engine(scheduler, executor, listeners=[step_tokens], drafting=drafting)
     return EnginePort(
         engine,
         step_tokens=step_tokens,
         reset_prefix_cache=block_manager.reset_prefix_cache,
         request_timeout=config.request_timeout,
     )
+
+
+def make_drafting(config: EngineConfig, *, vocab_size: int) -> Drafting | None:
+    """Who guesses tokens ahead, as `config` asks for; None for nobody.
+
+    Args:
+        config: The options.
+        vocab_size: Width of the model's output.
+    """
+    speculative = config.speculative
+    if speculative is None:
+        return None
+    return Drafting(make_proposer(speculative), make_controller(speculative), vocab_size=vocab_size)
+
+
+def close_all(executor: Executor, drafting: Drafting | None) -> Callable[[], None]:
+    """What lets go of whatever runs the steps, and of who guesses for them."""
+
+    def close() -> None:
+        if drafting is not None:
+            drafting.close()
+        executor.shutdown()
+
+    return close
 
 
 def tier_plan(config: EngineConfig, *, page_bytes: int) -> TierPlan | None:

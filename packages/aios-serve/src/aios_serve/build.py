@@ -16,7 +16,16 @@ from aios_parallel.expert_load import ExpertCounter
 from aios_sched.config import SchedulerConfig
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
-from aios_serve.assembly import BuiltEngine, assemble, caches_prefixes, scheduler_config, tier_books, tier_plan
+from aios_serve.assembly import (
+    BuiltEngine,
+    assemble,
+    caches_prefixes,
+    close_all,
+    make_drafting,
+    scheduler_config,
+    tier_books,
+    tier_plan,
+)
 from aios_serve.config import EngineConfig
 from aios_serve.model_info import EngineInfo, with_tiers
 from aios_serve.model_part import ModelPart, Progress
@@ -49,12 +58,14 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     executor = LocalExecutor(ModelRunner(model, pages, sampler, mover=mover))
     return_freed_memory()
     books = tier_books(config, tiers, [] if mover is None else [mover.measure()])
-    port = assemble(config, plan, limits, executor, tiers=books)
+    drafting = make_drafting(config, vocab_size=executor.vocab_size)
+    port = assemble(config, plan, limits, executor, tiers=books, drafting=drafting)
     load_seconds = time.perf_counter() - started
     info = describe(config, files, part, plan, limits, import_seconds=import_seconds, load_seconds=load_seconds)
     info = with_tiers(info, tiers)
     counter = ExpertCounter(part.decoder)
-    return BuiltEngine(port=port, info=info, files=files, close=executor.shutdown, expert_load=counter.load)
+    close = close_all(executor, drafting)
+    return BuiltEngine(port=port, info=info, files=files, close=close, expert_load=counter.load)
 
 
 def describe(

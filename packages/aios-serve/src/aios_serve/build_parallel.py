@@ -17,7 +17,15 @@ from aios_parallel.executor import GroupExecutor
 from aios_parallel.expert_load import ExpertLoad
 from aios_parallel.mesh import Mesh
 from aios_parallel.tracing.group_tracer import GroupTracer
-from aios_serve.assembly import BuiltEngine, assemble, scheduler_config, tier_books, tier_plan
+from aios_serve.assembly import (
+    BuiltEngine,
+    assemble,
+    close_all,
+    make_drafting,
+    scheduler_config,
+    tier_books,
+    tier_plan,
+)
 from aios_serve.launching import start_ranks
 from aios_serve.model_info import EngineInfo, with_tiers
 from aios_serve.parallel_checks import check_mesh
@@ -54,7 +62,8 @@ def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float |
     ranks.group.start_steps()
     limits = scheduler_config(config, plan, on_cpu=reports[0].device == "cpu", num_stages=mesh.pipeline)
     executor = GroupExecutor(ranks.group, mesh=mesh, vocab_size=reports[0].vocab_size)
-    port = assemble(config, plan, limits, executor, tiers=tier_books(config, tiers, transfers))
+    drafting = make_drafting(config, vocab_size=executor.vocab_size)
+    port = assemble(config, plan, limits, executor, tiers=tier_books(config, tiers, transfers), drafting=drafting)
     info = _describe(reports, plan, limits.max_num_batched_tokens, mesh, seconds=time.perf_counter() - started)
     info = with_tiers(info, tiers)
     tracer = GroupTracer(ranks.group, executor, mesh=mesh)
@@ -63,9 +72,8 @@ def build_parallel_engine(config: EngineConfig, progress: Callable[[str, float |
         answers = ranks.group.call("expert_load", [{}] * mesh.size, lambda *_: None)
         return ExpertLoad.merged(ExpertLoad({layer: tuple(tokens) for layer, tokens in answer}) for answer in answers)
 
-    return BuiltEngine(
-        port=port, info=info, files=files, close=executor.shutdown, expert_load=expert_load, tracer=tracer
-    )
+    close = close_all(executor, drafting)
+    return BuiltEngine(port=port, info=info, files=files, close=close, expert_load=expert_load, tracer=tracer)
 
 
 def _set_up(

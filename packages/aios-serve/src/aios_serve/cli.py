@@ -19,7 +19,7 @@ from aios_model.command_line import run_command
 from aios_model.errors import ConfigError
 from aios_parallel.launch.torchrun import TorchrunPlace
 from aios_parallel.mesh import Mesh
-from aios_serve.config import EngineConfig, parse_count
+from aios_serve.config import EngineConfig, parse_count, read_speculative
 from aios_serve.launching import check_world
 from aios_serve.server_config import ServerConfig
 from aios_serve.torchrun_rank import keep_rank
@@ -414,6 +414,17 @@ def serve(
     max_num_queued_reqs: Annotated[
         int, _option("--max-num-queued-reqs", panel=_BATCHING, help="Requests that may wait; more get a 503.")
     ] = ENGINE.max_num_queued_reqs or 0,
+    speculative_config: Annotated[
+        str | None,
+        _option(
+            "--speculative-config",
+            panel=_BATCHING,
+            metavar="JSON",
+            show_default="none",
+            help="Guess tokens ahead and check them together, for the same output in fewer steps, such as "
+            '\'{"method": "ngram", "num_speculative_tokens": 4}\'.',
+        ),
+    ] = None,
     tensor_parallel_size: Annotated[
         int,
         _option(
@@ -562,6 +573,7 @@ def serve(
         kv_offloading_disk_size=parse_count(kv_offloading_disk_size, option="kv_offloading_disk_size"),
         kv_offloading_path=None if kv_offloading_path is None else str(kv_offloading_path),
         preemption_mode=preemption_mode.value,
+        speculative=read_speculative(speculative_config),
         max_num_queued_reqs=max_num_queued_reqs,
         max_logprobs=max_logprobs,
         served_model_name=tuple(served_model_name or ()),
@@ -645,6 +657,7 @@ def _in_flags(message: str) -> str:
         "expert_parallel": "--enable-expert-parallel",
         "data_parallel": "--data-parallel-size",
         "distributed_executor": "--distributed-executor-backend",
+        "speculative": "--speculative-config",
     }
     return re.sub(r"\b[a-z]+(?:_[a-z]+)*\b(?==)|\b[a-z]+(?:_[a-z]+)+\b", lambda m: flags.get(m[0], m[0]), message)
 

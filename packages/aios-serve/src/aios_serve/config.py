@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_type_hints
@@ -15,6 +16,7 @@ from aios_model.errors import ConfigError
 from aios_model.native.cores import parse_cpu_list
 from aios_quant.schemes.registry import SCHEME_NAMES
 from aios_sched.policy.registry import PolicyName
+from aios_sched.speculative.config import SpeculativeConfig
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
@@ -69,6 +71,9 @@ class EngineConfig:
             system's folder for temporary files. Give a real disk: some systems keep temporary files in memory.
         preemption_mode: Whether a preempted request's pages are saved in host memory ("swap") or computed again
             ("recompute"); "auto" does what was measured to be faster. Only with kv_offloading_size.
+        speculative: Tokens to guess ahead and check together with the next one: a `SpeculativeConfig`, or its fields in
+            a dict or in JSON, such as {"method": "ngram", "num_speculative_tokens": 4}; None guesses nothing. The
+            output is the same either way.
         max_num_queued_reqs: Requests that may wait before more are refused; None means any number.
         max_logprobs: Most alternatives per token a request may ask for.
         served_model_name: Names that requests may use, the first of them in answers; empty uses the checkpoint's name.
@@ -130,6 +135,7 @@ class EngineConfig:
     kv_offloading_disk_size: int = 0
     kv_offloading_path: str | None = None
     preemption_mode: PreemptionMode = "auto"
+    speculative: SpeculativeConfig | None = None
     max_num_queued_reqs: int | None = 1024
     max_logprobs: int = 20
     served_model_name: tuple[str, ...] = ()
@@ -188,6 +194,7 @@ class EngineConfig:
             self._set("kv_cache_dtype", "fp8")
         if self.generation_config == "vllm":
             self._set("generation_config", "none")
+        self._set("speculative", read_speculative(self.speculative))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -297,6 +304,20 @@ class EngineConfig:
             raise _bad("kv_offloading_size", self.kv_offloading_size, "a contiguous reservation has no pages to move")
         if self.kv_offloading_path and not self.kv_offloading_disk_size:
             raise _bad("kv_offloading_path", self.kv_offloading_path, "give kv_offloading_disk_size too")
+
+
+def read_speculative(value: SpeculativeConfig | Mapping[str, Any] | str | None) -> SpeculativeConfig | None:
+    """How to speculate, from what stands for it: the fields in a dict, or as a JSON object.
+
+    Raises:
+        ConfigError: no such method or option, or a value out of range; it says what there is.
+    """
+    try:
+        if isinstance(value, str):
+            return SpeculativeConfig.from_json(value)
+        return SpeculativeConfig.from_mapping(value) if isinstance(value, Mapping) else value
+    except ConfigError as error:
+        raise ConfigError(f"speculative={value!r} is refused: {error}") from None
 
 
 def parse_count(text: str, *, option: str) -> int:

@@ -171,6 +171,12 @@ _COUNTERS: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
         lambda stats: stats.tier_cache_hits,
     ),
     "num_preemptions": ("Times a running request lost its pages.", lambda stats: stats.num_preemptions),
+    "spec_decode_num_drafts": ("Times a request had drafted tokens in a step.", lambda stats: stats.num_drafts),
+    "spec_decode_num_draft_tokens": ("Tokens drafted and checked.", lambda stats: stats.num_draft_tokens),
+    "spec_decode_num_accepted_tokens": (
+        "Drafted tokens that were right, each of them gained beside the token of its step.",
+        lambda stats: stats.num_accepted_tokens,
+    ),
 }
 
 

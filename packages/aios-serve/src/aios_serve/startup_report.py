@@ -86,6 +86,8 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool) -> It
         f"{info.max_num_seqs} requests at once, {info.max_num_batched_tokens} tokens per step"
         f"{auto if config.max_num_batched_tokens is None else ''}"
     )
+    if (drafts := config.speculative) is not None:
+        yield f"  drafts    {drafts.method}, up to {drafts.num_speculative_tokens} tokens of a request in a step"
     yield f"  endpoint  {address.url}/v1" + (" (needs an API key)" if needs_key else "")
     yield "try it:"
     yield f"  {curl_example(engine, address, needs_key=needs_key)}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aios_model.sampling.bad_words import resolve_bad_words
+    from aios_model.sampling.drafted_rows import rows_with_drafts
     from aios_model.sampling.drawer import Drawer
     from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError, SamplingError
     from aios_model.sampling.logprobs import token_logprobs
@@ -30,6 +31,7 @@ __all__ = [
     "SamplingRow",
     "TokenLogprobs",
     "resolve_bad_words",
+    "rows_with_drafts",
     "token_logprobs",
 ]
 
@@ -45,6 +47,7 @@ _MODULES = {
     "SamplingRow": "rows",
     "TokenLogprobs": "rows",
     "resolve_bad_words": "bad_words",
+    "rows_with_drafts": "drafted_rows",
     "token_logprobs": "logprobs",
 }
 

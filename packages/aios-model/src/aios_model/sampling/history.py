@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-_TAIL = 64
+_TAIL = 128
 """How many of the last counted tokens are compared on each step; a rewound and regrown output differs there."""
 
 
@@ -23,7 +23,8 @@ class TokenCounts:
     """Occurrences of tokens in one request, brought up to date incrementally.
 
     Entry i of the three arrays belongs to one token. `sync` accepts any history: an output that grew costs as much as
-    it grew, one that was rewound is taken back, and another prompt or an output that differs is counted anew.
+    it grew, one that was rewound is taken back, and so is an end that differs, such as drafts that were rejected.
+    Another prompt, or an output that differs further back, is counted anew.
 
     Args:
         with_prompt: Whether prompt tokens are entered too (repetition penalty), or only the output's.
@@ -56,21 +57,38 @@ class TokenCounts:
 
     def sync(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> None:
         """Makes the counts those of this prompt and output."""
-        while len(self._output) > len(output_token_ids):
-            self._output_counts[self._entry_of[self._output.pop()]] -= 1
-        if not self._continues(prompt_token_ids, output_token_ids):
+        if not self._has_prompt(prompt_token_ids):
             self._restart(prompt_token_ids)
+        self._rewind(len(output_token_ids))
+        self._drop_what_differs(output_token_ids)
         for token in output_token_ids[len(self._output) :]:
             self._count(token)
 
-    def _continues(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int]) -> bool:
-        if self._prompt is None:
-            return False
-        if self._prompt is not prompt_token_ids and list(self._prompt) != list(prompt_token_ids):
-            return False
+    def _has_prompt(self, prompt_token_ids: Sequence[int]) -> bool:
+        if self._prompt is prompt_token_ids:
+            return True
+        return self._prompt is not None and list(self._prompt) == list(prompt_token_ids)
+
+    def _drop_what_differs(self, output_token_ids: Sequence[int]) -> None:
+        """Takes back the tokens from the first on that the output does not have, if it is one of the last."""
         counted = len(self._output)
-        tail = slice(max(0, counted - _TAIL), counted)
-        return self._output[tail] == list(output_token_ids[tail])
+        start = max(0, counted - _TAIL)
+        tail, wanted = self._output[start:], list(output_token_ids[start:counted])
+        if tail == wanted:
+            return
+        num_equal = next(place for place, pair in enumerate(zip(tail, wanted, strict=True)) if pair[0] != pair[1])
+        # Drafts are fewer than half of the tail. Where more than that differs, who knows what does before it.
+        is_end = not start or num_equal >= _TAIL // 2
+        self._rewind(start + num_equal if is_end else 0)
+
+    def _rewind(self, num_tokens: int) -> None:
+        """Takes back the newest tokens, and the entries that they were the first to need."""
+        while len(self._output) > num_tokens:
+            token = self._output.pop()
+            entry = self._entry_of[token]
+            self._output_counts[entry] -= 1
+            if not self._output_counts[entry] and not self._in_prompt[entry] and entry == len(self) - 1:
+                del self._entry_of[token]
 
     def _restart(self, prompt_token_ids: Sequence[int]) -> None:
         self._prompt = prompt_token_ids

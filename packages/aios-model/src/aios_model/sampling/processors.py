@@ -42,6 +42,10 @@ class LogitsProcessor(Protocol):
 
     It runs after allowed ids, bans and biases and before penalties, for greedy rows too, and sets what it excludes to
     -inf. It may be called twice for a row in one step (see `LogitsAdjuster.adjust`), so it keeps no count of calls.
+
+    Rows of drafted tokens come several per request, each with the drafts before it as the end of `output_token_ids`. A
+    later draft may be one that this very processor excludes: then nothing depends on what it does to the rows behind,
+    but it must not raise, and must not take the rejected tokens for part of the output in later steps.
     """
 
     def applies_to(self, row: SamplingRow) -> bool:

@@ -57,6 +57,7 @@ class StepRow(msgspec.Struct, frozen=True, array_like=True):
     position: int | None = None  # of the token to be drawn; None if none is
     kept_outputs: int = 0
     new_outputs: list[int] = []
+    num_drafts: int = 0
 
 
 class Step(msgspec.Struct, frozen=True, omit_defaults=True, tag="step"):
@@ -85,7 +86,7 @@ class Answer(msgspec.Struct, frozen=True, tag="answer"):
 
 
 class Sampled(msgspec.Struct, frozen=True, array_like=True):
-    """A token that was drawn."""
+    """A token that was drawn; a request with drafts that were right has several, one after the other."""
 
     request_id: str
     token_id: int

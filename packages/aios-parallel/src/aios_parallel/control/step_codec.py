@@ -71,6 +71,7 @@ class StepEncoder:
             row.position,
             known,
             list(row.output_token_ids[known:]),
+            request.num_drafts,
         )
 
 
@@ -116,6 +117,7 @@ class StepDecoder:
             start=row.start,
             block_table=blocks,
             sampling=None if row.position is None else self._sampling(row, row.position),
+            num_drafts=row.num_drafts,
         )
 
     def _sampling(self, row: StepRow, position: int) -> SamplingRow:
@@ -135,20 +137,25 @@ class StepDecoder:
 
 def encode_result(step_id: int, result: StepResult) -> StepDone:
     """The message for the tokens of a step."""
-    sampled = [Sampled(key, token.token_id, token.logprobs) for key, token in result.sampled.items()]
+    sampled = [
+        Sampled(key, token.token_id, token.logprobs)
+        for key, first in result.sampled.items()
+        for token in (first, *result.further.get(key, ()))
+    ]
     return StepDone(step_id, sampled, list(result.lost_swaps))
 
 
 def decode_results(parts: Sequence[StepDone]) -> StepResult:
     """The tokens of a step, and what any of the ranks has lost."""
-    return StepResult(
-        sampled={
-            each.request_id: SampledToken(token_id=each.token_id, logprobs=each.logprobs)
-            for part in parts
-            for each in part.sampled
-        },
-        lost_swaps=tuple(sorted({number for part in parts for number in part.lost_swaps})),
-    )
+    result = StepResult(sampled={}, lost_swaps=tuple(sorted({number for part in parts for number in part.lost_swaps})))
+    for part in parts:
+        for each in part.sampled:
+            token = SampledToken(token_id=each.token_id, logprobs=each.logprobs)
+            if each.request_id in result.sampled:
+                result.further.setdefault(each.request_id, []).append(token)
+            else:
+                result.sampled[each.request_id] = token
+    return result
 
 
 def _introduce(row: SamplingRow) -> NewRequest:

@@ -1,0 +1,116 @@
+"""How to speculate, in the words of vLLM's `--speculative-config`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, get_args, get_type_hints
+
+from aios_model.errors import ConfigError
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
+}
+"""Who drafts, and the options that each method has beside those of all methods."""
+
+MAX_DRAFTS = 32
+"""Most drafts of a request in one step. More are never right, and the sampler remembers no further back."""
+
+_MAX_NGRAM = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """Who guesses tokens ahead, and how many. The output is the same with every setting.
+
+    Attributes:
+        method: "ngram" looks for what followed the last tokens when they occurred before.
+        num_speculative_tokens: Drafts per request and step, at most.
+        prompt_lookup_max: "ngram": most tokens to look for; None is 4, or `prompt_lookup_min` if that is more.
+        prompt_lookup_min: "ngram": fewest tokens to look for; None is 2, or `prompt_lookup_max` if that is less.
+
+    Raises:
+        ConfigError: A method that does not exist, an option that the method does not have, or a value out of range.
+    """
+
+    method: str
+    num_speculative_tokens: int = 4
+    prompt_lookup_max: int | None = None
+    prompt_lookup_min: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, str) or self.method not in METHODS:
+            raise _bad("method", self.method, f"choose one of {', '.join(METHODS)}")
+        self._check_options()
+        if not 1 <= self.num_speculative_tokens <= MAX_DRAFTS:
+            raise _bad("num_speculative_tokens", self.num_speculative_tokens, f"it must be 1 to {MAX_DRAFTS}")
+        low, high = self.ngram_sizes
+        if not 1 <= low <= high <= _MAX_NGRAM:
+            raise _bad(
+                "prompt_lookup_min",
+                low,
+                f"it must be at least 1 and at most prompt_lookup_max={high}, which goes up to {_MAX_NGRAM}",
+            )
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> SpeculativeConfig:
+        """From what a JSON object holds; a value of None counts as not given.
+
+        Raises:
+            ConfigError: As above; also for unknown keys, with those that there are.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"unknown option {name!r}; {_what_there_is(options.get('method'))}")
+        if options.get("method") is None:
+            raise ConfigError(f"no method is given; choose one of {', '.join(METHODS)}")
+        return cls(**{name: value for name, value in options.items() if value is not None})
+
+    @classmethod
+    def from_json(cls, text: str) -> SpeculativeConfig:
+        """From the text of a JSON object.
+
+        Raises:
+            ConfigError: As above; also where it is no JSON object.
+        """
+        example = '{"method": "ngram", "num_speculative_tokens": 4}'
+        try:
+            options = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"it is no JSON ({error}); write, for example, {example}") from None
+        if not isinstance(options, dict):
+            raise ConfigError(f"it is no JSON object; write, for example, {example}")
+        return cls.from_mapping(options)
+
+    def _check_options(self) -> None:
+        """Whether the method has them, and whether they are numbers."""
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if type(value) not in (get_args(hint) or (hint,)):
+                raise _bad(name, value, "it must be a whole number")
+            if value is not None and name not in _options(self.method):
+                raise _bad(name, value, f"it is no option of method {self.method!r}; {_what_there_is(self.method)}")
+
+    @property
+    def ngram_sizes(self) -> tuple[int, int]:
+        """Fewest and most tokens that "ngram" looks for."""
+        low, high = self.prompt_lookup_min, self.prompt_lookup_max
+        if low is None:
+            low = 2 if high is None else min(2, high)
+        return low, max(4, low) if high is None else high
+
+
+def _options(method: str) -> tuple[str, ...]:
+    return ("method", "num_speculative_tokens", *METHODS[method])
+
+
+def _what_there_is(method: object) -> str:
+    if isinstance(method, str) and method in METHODS:
+        return f"method {method!r} takes {', '.join(_options(method))}"
+    return "; ".join(f"method {name!r} takes {', '.join(_options(name))}" for name in METHODS)
+
+
+def _bad(name: str, value: object, remedy: str) -> ConfigError:
+    return ConfigError(f"{name}={value!r} cannot be used: {remedy}")
