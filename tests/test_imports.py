@@ -53,7 +53,7 @@ TENSOR_MODULES = {
         "pool_memory",
         "stored_heads",
     ),
-    "aios_sched": ("batch", "model_runner"),
+    "aios_sched": ("batch", "model_runner", "speculative.rejection"),
     "aios_parallel": (
         "offload.device",
         "offload.streaming",
