@@ -53,7 +53,13 @@ TENSOR_MODULES = {
         "pool_memory",
         "stored_heads",
     ),
-    "aios_sched": ("batch", "model_runner", "speculative.rejection"),
+    "aios_sched": (
+        "batch",
+        "model_runner",
+        "speculative.draft_model",
+        "speculative.early_exit",
+        "speculative.rejection",
+    ),
     "aios_parallel": (
         "offload.device",
         "offload.streaming",
