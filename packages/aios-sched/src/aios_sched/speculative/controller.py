@@ -85,6 +85,8 @@ class AdaptiveController:
         self._probe_seconds = 0.0
         self._token_seconds = 0.0
         self._num_accepted = 0
+        self._drafted: set[str] = set()  # requests that had drafts
+        self._settled: set[str] = set()  # those that had some before the step
         self._speedup = 1.0  # expected of the latest plan
         self.trace: deque[Decision] = deque(maxlen=trace_length)
 
@@ -109,6 +111,7 @@ class AdaptiveController:
         else:
             acceptance.note(num_drafted=num_drafted, num_accepted=num_accepted)
             self._requests[request_id] = acceptance
+            self._drafted.add(request_id)
         self._num_accepted += num_accepted
         if self._balance is not None:
             self._balance += num_accepted * self._token_seconds
@@ -121,18 +124,31 @@ class AdaptiveController:
         self._num_steps_with_drafts = self._num_steps_with_drafts + 1 if num_drafts else 0
         if num_tokens - num_drafts == num_requests:  # chunks of prompts cost something else
             self._step_costs.note(num_tokens, seconds)
-        depth = max(self._asked.values(), default=0)
-        if depth:
-            self._proposer_costs.note(depth, proposer_seconds)
+        self._note_proposer(num_requests, proposer_seconds)
         if num_requests and self._step_costs.is_known:
             self._account(num_requests, num_tokens, num_drafts, seconds, proposer_seconds)
         self._asked_before, self._asked, self._plan = self._asked, {}, None
+        self._settled = self._drafted.copy()
 
     def forget(self, request_id: str) -> None:
         """See `base.DraftController`."""
         self._requests.pop(request_id, None)
+        self._drafted.discard(request_id)
         self._asked.pop(request_id, None)
         self._asked_before.pop(request_id, None)
+
+    def _note_proposer(self, num_requests: int, seconds: float) -> None:
+        """Learns what proposing costs, but not from requests that never had drafts: a draft model reads their prompts.
+
+        That is done once. The ledger pays for it, but it says nothing about the drafts to come.
+        """
+        drafted = [name for name, count in self._asked.items() if count]
+        if not drafted or not self._step_costs.is_known:
+            return
+        depth = max(self._asked[name] for name in drafted)
+        is_usual = seconds < self._proposing(depth, self._step_costs.seconds(max(num_requests, 1)))
+        if is_usual or self._settled.issuperset(drafted):
+            self._proposer_costs.note(depth, seconds)
 
     # -- what it has cost ------------------------------------------------------------------------
 
