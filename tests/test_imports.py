@@ -21,6 +21,7 @@ TENSOR_MODULES = {
         "layers",
         "loader",
         "model",
+        "sampling.device_sampler",
         "sampling.drawer",
         "sampling.logprobs",
         "sampling.native_draw",
@@ -30,6 +31,7 @@ TENSOR_MODULES = {
         "sampling.sampler",
         "sampling.torch_draw",
         "sampling.truncation",
+        "transfers",
         "weights.block_rows",
         "weights.dummy",
         "weights.gguf",
@@ -56,6 +58,7 @@ TENSOR_MODULES = {
     "aios_sched": (
         "batch",
         "model_runner",
+        "newest_tokens",
         "speculative.draft_model",
         "speculative.early_exit",
         "speculative.rejection",

@@ -67,8 +67,8 @@ def test_an_explicit_length_is_refused_with_needed_available_and_the_largest_tha
     with pytest.raises(PoolTooSmallError) as caught:
         plan(max_model_len=161, memory_bytes=memory)
     message = str(caught.value)
-    assert "161 tokens" in message
-    assert "GiB" in message
+    assert "161 tokens needs 168.00 KiB" in message
+    assert "154.00 KiB is there" in message
     assert f"{BYTES_PER_TOKEN} bytes a token" in message
     fitting = int(re.findall(r"(\d+) tokens", message)[-1])
     assert fitting == 160
@@ -130,7 +130,7 @@ def test_the_contiguous_policy_shrinks_an_automatic_length_and_refuses_an_explic
 
 def test_a_device_gives_a_share_of_what_is_free():
     assert device_budget(free_bytes=1000, total_bytes=4000, device_memory_utilization=0.9) == 900
-    with pytest.raises(PoolTooSmallError, match=r"0.00 GiB of the device's 8.00 GiB"):
+    with pytest.raises(PoolTooSmallError, match=r"0 bytes of the device's 8.00 GiB"):
         device_budget(free_bytes=0, total_bytes=8 * GIB, device_memory_utilization=0.9)
     for share in (0.0, 1.1, float("nan")):
         with pytest.raises(ConfigError, match="device_memory_utilization"):

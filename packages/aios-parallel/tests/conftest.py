@@ -29,6 +29,7 @@ from aios_parallel.stage_runner import StageRunner
 from aios_parallel.tensor_parallel import shard_model
 from aios_parallel.thread_group import ThreadGroup, run_threads
 from aios_sched.config import SchedulerConfig
+from aios_sched.drafting import Drafting
 from aios_sched.engine import Engine
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
@@ -174,20 +175,23 @@ class ThreadedRunner:
         lost_swaps = tuple(sorted({number for part in parts for number in part.lost_swaps}))
         assert len(parts) == (len(self.runners) if reads_disk(output.swaps) else 1)
         sampled = {request_id: token for part in parts for request_id, token in part.sampled.items()}
-        return StepResult(sampled=sampled, lost_swaps=lost_swaps)
+        further = {request_id: tokens for part in parts for request_id, tokens in part.further.items()}
+        return StepResult(sampled=sampled, further=further, lost_swaps=lost_swaps)
 
     def close(self):
         for mover in self.movers:
             mover.close()
 
 
-def build_engine(runner, *, num_blocks=NUM_BLOCKS, budget=16, tiers: TierPlan | None = None) -> Engine:
+def build_engine(
+    runner, *, num_blocks=NUM_BLOCKS, budget=16, tiers: TierPlan | None = None, drafting: Drafting | None = None
+) -> Engine:
     config = SchedulerConfig(
         max_num_seqs=8, max_num_batched_tokens=budget, max_model_len=MAX_MODEL_LEN, expected_output="none"
     )
     books = tiers and PageTiers(num_host_pages=tiers.num_host_pages, num_disk_pages=tiers.num_disk_pages)
     pages = BlockManager(num_blocks=num_blocks, block_size=4, tiers=books)
-    return Engine(Scheduler(config, pages, FCFSQueue()), LocalExecutor(runner))
+    return Engine(Scheduler(config, pages, FCFSQueue()), LocalExecutor(runner), drafting=drafting)
 
 
 def single_runner(config: ModelConfig, num_blocks=NUM_BLOCKS) -> ModelRunner:

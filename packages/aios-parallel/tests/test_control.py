@@ -130,6 +130,7 @@ def test_steps_arrive_as_they_were_planned() -> None:
             table.append(rng.randrange(1000))
             known = outputs.setdefault(name, [])
             known += [rng.randrange(100) for _ in range(rng.randrange(3))]
+            drafts = [rng.randrange(100) for _ in range(rng.choice([0, 0, 2]))]
             sampling = SamplingRow(
                 request_id=name,
                 params=params[name],
@@ -142,17 +143,18 @@ def test_steps_arrive_as_they_were_planned() -> None:
             rows.append(
                 ScheduledRequest(
                     request_id=name,
-                    token_ids=[rng.randrange(100)],
+                    token_ids=[rng.randrange(100), *drafts],
                     start=len(known),
                     block_table=list(table),
-                    sampling=sampling if rng.random() < 0.8 else None,
+                    sampling=sampling if drafts or rng.random() < 0.8 else None,
+                    num_drafts=len(drafts),
                 )
             )
         output = step(
             step_id,
             requests=tuple(rows),
             block_copies=(BlockCopy(source=1, destination=2),),
-            num_scheduled_tokens=len(rows),
+            num_scheduled_tokens=sum(len(row.token_ids) for row in rows),
             finished_request_ids=tuple(finished),
             swaps=(Swap("out", 3, step_id), Swap("load", step_id, 3)) if rng.random() < 0.5 else (),
             first_swap=rng.randrange(2**40),
@@ -189,6 +191,19 @@ def test_tokens_arrive_with_their_logprobs() -> None:
     result = StepResult(sampled={"a": SampledToken(token_id=3, logprobs=logprobs), "b": SampledToken(token_id=9)})
     (message,) = event_reader().feed(encode_frame(encode_result(4, result)))
     assert message.step_id == 4
+    assert decode_results([message]) == result
+
+
+def test_tokens_behind_drafts_arrive_in_their_order() -> None:
+    logprobs = TokenLogprobs(token_id=5, logprob=-0.5, rank=1)
+    result = StepResult(
+        sampled={"a": SampledToken(token_id=3), "b": SampledToken(token_id=9), "c": SampledToken(token_id=1)},
+        further={
+            "a": [SampledToken(token_id=5, logprobs=logprobs), SampledToken(token_id=3)],
+            "c": [SampledToken(token_id=1)],
+        },
+    )
+    (message,) = event_reader().feed(encode_frame(encode_result(4, result)))
     assert decode_results([message]) == result
 
 

@@ -10,6 +10,8 @@ from functools import cache
 import pytest
 
 from aios_parallel.mesh import Mesh
+from aios_sched.drafting import Drafting
+from aios_sched.speculative.fixed import FixedController
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,40 @@ def test_pages_that_ranks_swap_give_the_tokens_of_one_device(tiny, expected, ten
     assert (stats.num_pages_lost > 0) == lossy
     assert stats.num_failed_steps == 0
     engine._executor.shutdown()
+
+
+class ErringOracle:
+    """Drafts what will come, but for every fifth token."""
+
+    def __init__(self, expected: dict[str, list[int]]) -> None:
+        self.expected, self.count = expected, 0
+
+    def propose(self, contexts):
+        return [self.guess(context) for context in contexts]
+
+    def guess(self, context):
+        num_known = len(context.token_ids) - context.num_prompt_tokens
+        drafts = self.expected[context.request_id][num_known : num_known + context.max_drafts]
+        self.count += len(drafts)
+        return [token if (self.count + place) % 5 else token + 1 for place, token in enumerate(drafts)]
+
+    def forget(self, request_id):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (3, 1), (1, 2), (2, 2)], ids=str)
+def test_ranks_check_drafts_and_give_the_tokens_of_one_device(tiny, expected, tensor, pipeline) -> None:
+    wanted = expected("llama", tiny)
+    runner = tiny("ThreadedRunner")(tiny("config_of")("llama"), Mesh(tensor=tensor, pipeline=pipeline))
+    drafting = Drafting(ErringOracle(wanted), FixedController(3), vocab_size=runner.vocab_size)
+    engine = tiny("build_engine")(runner, drafting=drafting)
+    assert tiny("tokens_of")(engine, tiny("requests")()) == wanted
+    stats = engine.stats()
+    assert min(stats.num_accepted_tokens, stats.num_draft_tokens - stats.num_accepted_tokens) > 5
+    assert stats.num_preemptions > 0
 
 
 def test_ranks_exchange_what_the_plan_says(tiny) -> None:

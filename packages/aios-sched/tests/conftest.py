@@ -22,6 +22,7 @@ from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import SampledToken
 from aios_sched.config import SchedulerConfig
 from aios_sched.drafting import Drafting
+from aios_sched.output import PENDING_TOKEN
 from aios_sched.planner import StepPlanner
 from aios_sched.policy.registry import make_policy
 from aios_sched.request import Request, RequestStatus
@@ -68,14 +69,18 @@ class PageStoreRunner:
         self.num_moved = 0
         self.num_executed = 0
         self.forgotten = []
+        self.newest = {}  # the token that each request's newest row sampled, for rows that were planned ahead
 
     def execute(self, output):
         self.num_executed += 1
         self.forgotten += output.finished_request_ids
+        for request_id in output.finished_request_ids:
+            self.newest.pop(request_id, None)
         self.move(output)
         self.copy_blocks(output.block_copies)
         self.write(output)
         result = accept(output, [token for row in output.requests if row.sampling for token in self.sample(row)])
+        self.newest |= {request_id: token.token_id for request_id, token in result.sampled.items()}
         numbers = range(output.first_swap, output.first_swap + len(output.swaps))
         result.lost_swaps = tuple(number for number in numbers if number in self.lost)
         return result
@@ -118,7 +123,7 @@ class PageStoreRunner:
                 slot = self.slot(row, position)
                 assert slot not in written, f"slot {slot} is written twice in one step"
                 written.add(slot)
-                self.slots[slot] = token_id
+                self.slots[slot] = self.newest.get(row.request_id) if token_id == PENDING_TOKEN else token_id
 
     def sample(self, row):
         """Tokens behind the known ones and behind each draft."""
@@ -196,7 +201,8 @@ class Workload:
             enable_chunked_prefill=self.chunked,
             watermark=rng.choice([0, 0, 0.01, 0.2]),
             expected_output=random.Random(seed + 1).choice(["estimated", "none"]),
-            max_steps_in_flight=rng.choice([1, 1, 2, 3]),
+            max_steps_in_flight=(steps := rng.choice([1, 1, 2, 3])),
+            schedule_ahead=steps == 1 and random.Random(seed + 2).random() < 0.7,
         )
         # Drawn apart, so that a seed means the same limits and prompts under every policy.
         self.policy_name = policy or random.Random(seed).choice(["fcfs", "priority", "fair", "prefix"])
@@ -250,6 +256,7 @@ class Workload:
             priority=rng.choice(self.priorities),
             tenant=f"tenant {self.num_requests % 3}",
             arrival_time=1e9 + self.num_requests,
+            reads_output=self.num_requests % 5 == 0,
             cache_salt=rng.choice(["", "", "", "tenant"]),
         )
 
@@ -288,6 +295,18 @@ class ErringOracle:
         pass
 
 
+class MoodyController(FixedController):
+    """Wants drafts for a request or not, from one question to the next: so it is planned ahead now and then."""
+
+    def __init__(self, rng):
+        super().__init__(rng.randint(1, 6))
+        self.rng, self.share = rng, rng.choice([0.1, 0.5, 1])
+
+    def num_drafts(self, request_id, *, num_requests):
+        wanted = super().num_drafts(request_id, num_requests=num_requests)
+        return wanted if self.rng.random() < self.share else 0
+
+
 class Driver:
     """Adds, schedules, returns, aborts and rolls back at random, and checks what must hold after every single move."""
 
@@ -315,11 +334,11 @@ class Driver:
         # Drawn apart, so that a seed means the same moves with and without.
         rng = random.Random(seed + 2)
         self.proposer = ErringOracle(rng)
-        controller = FixedController(rng.randint(1, 6))
+        controller = MoodyController(rng)
         self.drafting = Drafting(self.proposer, controller, vocab_size=VOCAB_SIZE) if rng.random() < 0.6 else None
         self.in_flight = deque()
         self.requests, self.outputs, self.ended = {}, {}, {}
-        self.num_steps = 0
+        self.num_steps = self.num_rows_ahead = 0
 
     def run(self, num_moves):
         moves = [self.add, self.schedule, self.schedule, self.take_result, self.take_result]
@@ -416,13 +435,26 @@ class Driver:
         assert len(rows) <= config.max_num_seqs, "more requests than seats"
         for row in rows:
             request = self.requests[row.request_id]
-            end = row.start + row.num_known_tokens
             assert not request.draft_token_ids, "drafts that were used, or had no place, are kept"
             assert row.num_drafts < request.max_tokens - len(request.output_token_ids) or not row.num_drafts
+            if row.token_ids == [PENDING_TOKEN]:
+                self.num_rows_ahead += 1
+                self.check_row_ahead(request, row)
+                continue
+            end = row.start + row.num_known_tokens
             assert row.token_ids[: row.num_known_tokens] == request.token_ids[row.start : end] != [], "wrong tokens"
             assert (row.sampling is not None) == (end == request.num_tokens), "samples in the middle"
             if not config.enable_chunked_prefill:
                 assert row.sampling is not None, "a prompt was cut"
+
+    def check_row_ahead(self, request, row):
+        config = self.workload.config
+        assert config.schedule_ahead, "planned ahead without being told to"
+        assert request.num_new_tokens == -1, "not the next token"
+        assert (row.start, row.sampling.position) == (request.num_tokens, request.num_tokens + 1), "wrong place"
+        assert not request.reads_output, "planned ahead of what it reads"
+        assert len(request.output_token_ids) + 1 < request.max_tokens, "planned beyond its last token"
+        assert request.num_tokens + 1 < config.max_model_len, "planned beyond the context"
 
     def check(self):
         self.block_manager.check_invariants()
@@ -438,10 +470,11 @@ class Driver:
                 assert table[first : last + 1] == row.block_table[first : last + 1], "pages in flight were taken away"
         for request_id, request in self.requests.items():
             assert request.num_in_flight_tokens == in_flight[request_id], "miscounted what is in flight"
-            assert request.num_computed_tokens + request.num_in_flight_tokens <= request.num_tokens
+            most = request.num_tokens + self.workload.config.schedule_ahead
+            assert request.num_computed_tokens + request.num_in_flight_tokens <= most
             assert request.token_ids == request.prompt_token_ids + request.output_token_ids, "lost its tokens"
             if request.status is RequestStatus.RUNNING and not request.num_in_flight_tokens:
-                pages = -(-request.num_tokens // size)
+                pages = -(-(request.num_tokens + self.workload.config.schedule_ahead) // size)
                 assert len(self.block_manager.block_table(request_id)) <= pages, "keeps pages of drafts"
 
     def check_end(self):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
+from aios_kvcache.page_events import Evicted, Found
+from aios_kvcache.page_trace import PageTrace
 from aios_sched.cli import main
 
 STEP = ("--step-seconds", "0.02")
@@ -35,6 +38,50 @@ def test_everything_is_written(capsys, tmp_path):
     ET.parse(paths["plot"])
     assert json.loads(paths["timeline"].read_text())["traceEvents"]
     assert ET.parse(paths["timeline-plot"]).getroot().tag.endswith("svg")
+
+
+def test_pages_are_watched_and_the_figures_stay_the_same(capsys, tmp_path):
+    command = ("chat", "-n", "40", *STEP, "--num-blocks", "300", "--max-num-seqs", "8", "--json", "-")
+    figures = json.loads(run(capsys, *command)[1])
+    status, out, err = run(
+        capsys, *command, "--page-trace", str(tmp_path / "p.jsonl"), "--page-map", str(tmp_path / "p.svg")
+    )
+    assert status == 0
+    assert json.loads(out) == figures
+    assert "left out" not in err
+    trace = PageTrace.read(tmp_path / "p.jsonl")
+    found = [record.event for record in trace.records if isinstance(record.event, Found)]
+    assert sum(event.num_found for event in found) == figures["prefix_cache"]["hits"]
+    assert sum(isinstance(record.event, Evicted) for record in trace.records) == figures["prefix_cache"]["evictions"]
+    assert trace.end == pytest.approx(figures["seconds"])
+    assert not any(trace.at(len(trace.records)).owners)
+    assert ET.parse(tmp_path / "p.svg").getroot().tag.endswith("svg")
+
+
+def test_a_page_trace_keeps_the_last_events_and_says_so(capsys, tmp_path):
+    path = tmp_path / "p.jsonl"
+    _, out, _ = run(capsys, "poisson", "-n", "20", *STEP, "--page-trace", str(path), "--page-events", "30")
+    trace = PageTrace.read(path)
+    assert len(trace.records) == 30
+    assert f"the first {trace.number:,} events of pages were left out" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("option", ["--page-trace", "--page-map"])
+def test_pages_that_cannot_be_written_are_one_line(option, capsys, tmp_path):
+    status, _, err = run(capsys, "poisson", "-n", "2", *STEP, option, str(tmp_path / "none" / "pages"))
+    assert status == 1
+    assert "pages cannot be written" in err
+
+
+def test_the_page_map_in_the_documents_is_what_its_command_draws(capsys, tmp_path, monkeypatch):
+    root = Path(__file__).parents[3]
+    text = (root / "docs/en/memory.md").read_text().replace("\\\n", " ")
+    (command,) = (line for line in text.splitlines() if line.startswith("aios-sched simulate docs/en/assets/page-map"))
+    committed = "docs/en/assets/page-map-example.svg"
+    words = [str(tmp_path / "again.svg") if word == committed else word for word in command.split()[2:]]
+    monkeypatch.chdir(root)
+    assert run(capsys, *words)[0] == 0
+    assert (tmp_path / "again.svg").read_text() == (root / committed).read_text()
 
 
 def test_json_on_stdout_is_nothing_but_json(capsys):
@@ -99,6 +146,8 @@ def test_a_datasheet_is_enough(capsys):
         (("poisson", *STEP, "--sweep", "color", "red"), "option 'color' cannot be swept"),
         (("poisson", *STEP, "--sweep", "policy", "x"), "policy 'x' is unknown"),
         (("poisson", *STEP, "--sweep", "replicas", "1", "--timeline", "t.json"), "--timeline shows one simulation"),
+        (("poisson", *STEP, "--sweep", "replicas", "1", "--page-map", "p.svg"), "--page-map shows one simulation"),
+        (("poisson", *STEP, "--page-events", "9"), "--page-events has no effect without --page-map or --page-trace"),
         (("poisson", *STEP, "--timeline-plot", "t.svg"), "--timeline-plot has no effect without --timeline"),
         (("poisson", *STEP, "--num-blocks", "1"), "requests were refused, the first: a prompt of"),
         (("poisson", *STEP, "--block-size", "0"), "--block-size 0"),

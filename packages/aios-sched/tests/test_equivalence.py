@@ -24,6 +24,7 @@ from aios_model.decoder import DecoderModel
 from aios_model.families import find_hf_family
 from aios_model.generate import generate_tokens
 from aios_model.loader import load_weights, parameter_shapes
+from aios_model.sampling.device_sampler import DeviceSampler
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.sampler import Sampler
 from aios_model.weights.safetensors import SafetensorsSource
@@ -31,6 +32,7 @@ from aios_sched.config import SchedulerConfig
 from aios_sched.engine import Engine
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
+from aios_sched.overlapped_executor import OverlappedExecutor
 from aios_sched.policy.fcfs import FCFSQueue
 from aios_sched.request import Request
 from aios_sched.scheduler import Scheduler
@@ -93,6 +95,7 @@ def build_engine(
     executor=LocalExecutor,
     tiers=None,
     expected_output="none",  # else admission would foresee the pressure that is to be provoked here
+    overlap=False,
     **options,
 ):
     decoder = model.decoder
@@ -101,6 +104,7 @@ def build_engine(
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=MAX_MODEL_LEN,
         expected_output=expected_output,
+        schedule_ahead=overlap,
         **options,
     )
     pages = BlockManager(
@@ -113,8 +117,9 @@ def build_engine(
         model.config, num_blocks=num_blocks, block_size=block_size, dtype=decoder.dtype, device=decoder.device
     )
     mover = tiers and PageMover(cache.page_tensors, tiers)
-    runner = ModelRunner(decoder, cache, Sampler(vocab_size=VOCAB_SIZE, device=decoder.device), mover=mover)
-    return Engine(Scheduler(config, pages, FCFSQueue()), executor(runner))
+    sampler = (DeviceSampler if overlap else Sampler)(vocab_size=VOCAB_SIZE, device=decoder.device)
+    runner = ModelRunner(decoder, cache, sampler, mover=mover)
+    return Engine(Scheduler(config, pages, FCFSQueue()), OverlappedExecutor(runner) if overlap else executor(runner))
 
 
 PARAMS = [
@@ -300,6 +305,14 @@ def test_several_steps_in_flight(model, expected, lab):
     engine = build_engine(model, num_blocks=20, watermark=0, max_num_batched_tokens=8, executor=executor)
     check(run(engine, all_requests()), expected)
     assert engine._executor.most_in_flight == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"num_blocks": 16, "watermark": 0}, {"enable_prefix_caching": False}])
+def test_steps_that_overlap(model, expected, options):
+    """With a GPU, on one: launched behind each other, nobody waits but for results."""
+    engine = build_engine(model, overlap=True, max_num_batched_tokens=9, **options)
+    check(run(engine, all_requests()), expected)
+    assert (engine.stats().num_preemptions > 0) == ("num_blocks" in options)
 
 
 def test_step_that_fails_once(model, expected):

@@ -1,9 +1,9 @@
 """The equivalence contract, fuzzed: tokens are those of the request alone, whatever happens around it.
 
 A case is an engine with random limits, policy and tiers over a real (tiny) decoder in float64, random requests that
-share prefixes, drafts that are right, wrong or garbage, and random events: arrivals, aborts, steps that fail halfway.
-The oracle is `aios_model.generate`, which knows neither pages nor batches nor drafts. After every step the books of
-pages must balance.
+share prefixes, drafts that are right, wrong or garbage, and random events: arrivals, aborts, deadlines, steps that fail
+halfway. In half of them requests are planned ahead of their tokens. The oracle is `aios_model.generate`, which knows
+neither pages nor batches nor drafts. After every step the books of pages must balance.
 
     pytest packages/aios-sched/tests/test_equivalence_fuzz.py                       a few fixed seeds
     python packages/aios-sched/tests/test_equivalence_fuzz.py --seconds 600         soaking: new seeds until time is up
@@ -39,23 +39,28 @@ from aios_model.decoder import DecoderModel
 from aios_model.families import find_hf_family
 from aios_model.generate import generate_tokens
 from aios_model.loader import load_weights, parameter_shapes
+from aios_model.sampling.device_sampler import DeviceSampler
 from aios_model.sampling.drafted_rows import rows_with_drafts
 from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import SamplingParams
 from aios_model.sampling.rows import SamplingRow, TokenLogprobs
 from aios_model.sampling.sampler import Sampler
 from aios_model.weights.dummy import DummyEntry
+from aios_sched import planner
 from aios_sched.admission import Admission
+from aios_sched.ahead import PendingOutput
 from aios_sched.config import SchedulerConfig
 from aios_sched.drafting import Drafting
 from aios_sched.engine import Engine
 from aios_sched.model_runner import ModelRunner
-from aios_sched.output import ScheduledRequest
+from aios_sched.newest_tokens import NewestTokens
+from aios_sched.output import PENDING_TOKEN, ScheduledRequest, TokenOutput
+from aios_sched.overlapped_executor import OverlappedExecutor
 from aios_sched.planner import StepPlanner
 from aios_sched.policy.registry import PolicyName, make_policy
 from aios_sched.request import Request, RequestStatus
 from aios_sched.scheduler import Scheduler
-from aios_sched.speculative.base import DraftContext, Proposer
+from aios_sched.speculative.base import DraftContext, DraftController, Proposer
 from aios_sched.speculative.controller import AdaptiveController
 from aios_sched.speculative.draft_model import DraftModelProposer
 from aios_sched.speculative.early_exit import early_exit
@@ -64,6 +69,7 @@ from aios_sched.speculative.ngram import NgramProposer
 from aios_sched.speculative.suffix import SuffixProposer
 
 VOCAB_SIZE, MAX_MODEL_LEN, EOS = 200, 48, 0
+DEADLINES = 1e12  # the far future: the case says when it has come
 RAW_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -201,6 +207,18 @@ class RepeatableController(AdaptiveController):
         )
 
 
+class MoodyController(FixedController):
+    """Wants drafts for a request or not, from one question to the next: so it is planned ahead now and then."""
+
+    def __init__(self, rng: random.Random, *, share: float) -> None:
+        super().__init__(rng.randint(1, 8))
+        self._rng, self._share = rng, share
+
+    def num_drafts(self, request_id: str, *, num_requests: int) -> int:
+        wanted = super().num_drafts(request_id, num_requests=num_requests)
+        return wanted if self._rng.random() < self._share else 0
+
+
 class DelayedExecutor:
     """Runs a step when its result is asked for, so that several are on their way; some fail halfway."""
 
@@ -242,6 +260,49 @@ class _Step:
         return self.outcome
 
 
+class LaunchingRunner:
+    """Launches steps, which run at once or when somebody wants to know what came of them; some fail halfway."""
+
+    def __init__(self, runner: ModelRunner, rng: random.Random, *, lazy: bool, fault_rate: float) -> None:
+        self.vocab_size = runner.vocab_size
+        self.num_rows_ahead = 0
+        self._runner, self._rng, self._lazy, self._fault_rate = runner, rng, lazy, fault_rate
+        self._queue: deque[_LaunchedStep] = deque()
+
+    def launch(self, output):
+        self.num_rows_ahead += sum(row.token_ids == [PENDING_TOKEN] for row in output.requests)
+        fails = self._rng.random() < self._fault_rate and len(output.requests) > 1
+        if fails and self._rng.random() < 0.3:
+            raise RuntimeError("injected")
+        step = _LaunchedStep(self, output, fails=fails)
+        self._queue.append(step)
+        if not self._lazy:
+            self.run_until(step)
+        return step
+
+    def run_until(self, wanted: _LaunchedStep) -> None:
+        while wanted.work is None:
+            step = self._queue.popleft()
+            try:
+                step.work = self._runner.launch(step.output)
+            except Exception as error:
+                step.work = error
+
+
+class _LaunchedStep:
+    def __init__(self, runner: LaunchingRunner, output, *, fails: bool) -> None:
+        self.runner, self.output, self.fails, self.work = runner, output, fails, None
+
+    def result(self):
+        self.runner.run_until(self)
+        if isinstance(self.work, Exception):
+            raise self.work
+        result = self.work.result()
+        if self.fails:
+            raise RuntimeError("injected")
+        return result
+
+
 @dataclass
 class Case:
     """One random engine and its requests.
@@ -275,12 +336,15 @@ class Case:
             for _ in range(4)
         ]
         self.prompts: list[list[int]] = []
+        self.chats: list[list[int]] = []  # prompts with their answers
         self.mover: PageMover | None = None
+        self.launching: LaunchingRunner | None = None  # where steps are planned ahead
         self.drafting = self._drafting()
         self.engine = self._engine()
         self.expected: dict[str, list[Token]] = {}
         self.found: dict[str, list[Token]] = {}
         self.aborted: set[str] = set()
+        self.num_stopped = 0  # answers that ended where nobody could foresee it
 
     def run(self) -> None:
         """Raises, naming the seed, if a token is not what it should be or the books do not balance."""
@@ -300,9 +364,13 @@ class Case:
             if self.rng.random() < 0.03:
                 victims = [self.rng.choice(list(self.expected))]
                 self.aborted.update(output.request_id for output in self.engine.abort(victims))
+            if self.rng.random() < 0.01:
+                late = self.engine._scheduler.expire(DEADLINES + self.rng.randint(1, 9))
+                self.aborted.update(output.request_id for output in late)
             for output in self.engine.step():
                 assert output.error is None, output.error
-                self.found[output.request_id] += map(Token, output.token_ids, output.logprobs)
+                self.num_stopped += output.finish_reason == "stop"
+                self.found[output.request_id] += map(Token, output.token_ids, output.logprobs or [None])
             self.pages.check_invariants()
         for request_id, tokens in self.found.items():
             wanted = self.expected[request_id]
@@ -318,13 +386,15 @@ class Case:
         seats = rng.randint(1, 6)
         in_flight = rng.choice([1, 1, 2, 3])
         chunked = rng.random() < 0.8
+        ahead = rng.random() < 0.5
         config = SchedulerConfig(
             max_num_seqs=seats,
             max_num_batched_tokens=(seats if chunked else MAX_MODEL_LEN) + rng.choice([0, 1, 3, 8, 30]),
             max_model_len=MAX_MODEL_LEN,
             enable_chunked_prefill=chunked,
             watermark=rng.choice([0, 0, 0.01, 0.2]),
-            max_steps_in_flight=rng.choice([1, in_flight]),
+            max_steps_in_flight=1 if ahead else rng.choice([1, in_flight]),
+            schedule_ahead=ahead,
             expected_output=rng.choice(["estimated", "maximal", "none", "none"]),
         )
         cache = PagedKVCache(
@@ -335,9 +405,17 @@ class Case:
             device=decoder.device,
         )
         self.mover = self.tiers and PageMover(cache.page_tensors, self.tiers)
-        sampler = Sampler(vocab_size=VOCAB_SIZE, device=decoder.device, logits_processors=[Grammar()])
+        sampler = (DeviceSampler if ahead else Sampler)(
+            vocab_size=VOCAB_SIZE, device=decoder.device, logits_processors=[Grammar()]
+        )
         runner = ModelRunner(decoder, cache, sampler, mover=self.mover)
-        executor = DelayedExecutor(runner, rng, max_steps_in_flight=in_flight, fault_rate=rng.choice([0, 0, 0.02, 0.1]))
+        fault_rate = rng.choice([0, 0.02, 0.1])
+        if ahead:
+            self.launching = LaunchingRunner(runner, rng, lazy=rng.random() < 0.5, fault_rate=fault_rate)
+            executor = OverlappedExecutor(self.launching)
+            executor.max_steps_in_flight = max(2, in_flight)
+        else:
+            executor = DelayedExecutor(runner, rng, max_steps_in_flight=in_flight, fault_rate=fault_rate)
         scheduler = Scheduler(config, self.pages, make_policy(self.policy, block_manager=self.pages))
         return Engine(scheduler, executor, drafting=self.drafting)
 
@@ -360,8 +438,9 @@ class Case:
             proposer = self._draft_model(early_exit(model().decoder, num_layers=1) if kind == "exit" else None)
         else:
             proposer = ErringOracle(self, error_rate=1.0 if kind == "garbage" else self.rng.choice([0, 0.1, 0.4]))
-        most = self.rng.randint(1, 8)
-        controller = FixedController(most) if self.rng.random() < 0.7 else RepeatableController(max_drafts=most)
+        controller: DraftController = MoodyController(self.rng, share=self.rng.choice([0.1, 0.5, 1.0]))
+        if self.rng.random() < 0.3:
+            controller = RepeatableController(max_drafts=self.rng.randint(1, 8))
         return Drafting(proposer, controller, vocab_size=VOCAB_SIZE)
 
     def _draft_model(self, shallow: DecoderModel | None) -> DraftModelProposer:
@@ -398,7 +477,7 @@ class Case:
         rng = self.rng
         prompt = self._prompt()
         seed = rng.randrange(100)
-        max_tokens = rng.randint(1, MAX_MODEL_LEN - len(prompt))
+        most = rng.randint(1, MAX_MODEL_LEN - len(prompt))
         params = SamplingParams(
             temperature=rng.choice([0, 0, 0, 0.8, 1.3]),
             top_k=rng.choice([0, 0, 20]),
@@ -408,17 +487,19 @@ class Case:
             presence_penalty=rng.choice([0.0, 0.0, 0.0, 1.5]),
             frequency_penalty=rng.choice([0.0, 0.0, 0.0, 0.7]),
             logit_bias=rng.choice([None, None, dict.fromkeys(self._tokens(3), 5.0)]),
-            # A grammar may leave none of the allowed tokens.
-            allowed_token_ids=self._tokens(30) if seed % 4 != 3 and rng.random() < 0.15 else None,
-            bad_words_token_ids=[self._tokens(rng.randint(1, 2)) for _ in range(rng.choice([0, 0, 5]))],
-            min_tokens=rng.choice([0, 0, 0, rng.randint(0, max_tokens)]),
-            stop_token_ids=tuple(self._tokens(rng.choice([0, 0, 6]))),
             logprobs=rng.choice([None, None, 0, 3]),
             seed=seed,
-            max_tokens=max_tokens,
+            max_tokens=most,
+            min_tokens=rng.choice([0, 0, rng.randint(0, most)]),
             ignore_eos=rng.random() < 0.5,
+            # So many that answers end in the middle, too.
+            stop_token_ids=tuple(self._tokens(rng.choice([0, 0, 10, 40]))),
+            bad_words_token_ids=tuple(tuple(self._tokens(rng.randint(1, 2))) for _ in range(rng.choice([0, 0, 0, 60]))),
+            # A grammar may leave none of the allowed tokens.
+            allowed_token_ids=None if seed % 4 == 3 else rng.choice([None, None, tuple(range(0, VOCAB_SIZE, 2))]),
         )
         self.expected[request_id] = alone(prompt, params)
+        self.chats.append([*prompt, *(token.token_id for token in self.expected[request_id])][:30])
         self.found[request_id] = []
         return Request(
             request_id=request_id,
@@ -429,6 +510,8 @@ class Case:
             priority=rng.choice([0, 0, -1, 3]) if self.policy == "priority" else 0,
             tenant=rng.choice(["a", "a", "b"]),
             cache_salt=rng.choice(["", "", "tenant"]),
+            reads_output=seed % 4 == 3,
+            deadline=DEADLINES + int(request_id) if rng.random() < 0.3 else None,
         )
 
     def _prompt(self) -> list[int]:
@@ -437,6 +520,8 @@ class Case:
         if self.prompts and rng.random() < 0.3:
             return rng.choice(self.prompts)
         prefix = rng.choice(self.prefixes)
+        if self.chats and rng.random() < 0.3:  # the next turn of a chat: its pages hold the answer, too
+            prefix = rng.choice(self.chats)
         self.prompts.append([*prefix[: rng.randint(0, len(prefix))], *self._tokens(rng.randint(1, 12))])
         return self.prompts[-1]
 
@@ -458,9 +543,20 @@ def silence(caplog):
     caplog.set_level(logging.CRITICAL, logger="aios_sched.engine")
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(32))
 def test_cases(seed) -> None:
     Case(seed).run()
+
+
+def test_cases_plan_ahead_and_end_in_the_middle() -> None:
+    """Otherwise the tests above could be green because nothing ever happens."""
+    cases = [case for case in map(Case, range(80)) if case.launching is not None]
+    for case in cases:
+        case.run()
+    assert sum(case.launching.num_rows_ahead for case in cases) > 300
+    assert sum(case.num_stopped for case in cases) > 20
+    assert sum(case.engine.stats().num_failed_steps for case in cases) > 5
+    assert sum(case.engine.stats().num_preemptions for case in cases) > 5
 
 
 # -- bugs planted on purpose: a fuzzer that cannot find them proves nothing --------------------------------------------
@@ -556,6 +652,19 @@ def shared_page_written() -> Iterator[None]:
 
 
 @contextmanager
+def token_of_a_neighbour() -> Iterator[None]:
+    """Of several rows planned ahead, each computes the token of another request."""
+    put = NewestTokens.put
+
+    def broken(self, tokens_T, pending) -> None:
+        names = [request_id for _, request_id in pending]
+        put(self, tokens_T, [(place, name) for (place, _), name in zip(pending, names[1:] + names[:1], strict=True)])
+
+    with patch.object(NewestTokens, "put", broken):
+        yield
+
+
+@contextmanager
 def fork_of_what_is_not_computed() -> Iterator[None]:
     """A prompt is shared as soon as somebody reads it, computed or not."""
     find = Admission._find_twin
@@ -570,6 +679,45 @@ def fork_of_what_is_not_computed() -> Iterator[None]:
         return twin
 
     with patch.object(Admission, "_find_twin", broken):
+        yield
+
+
+@contextmanager
+def token_in_vain_is_kept() -> Iterator[None]:
+    """The row behind a stop token counts: its token is part of the answer."""
+    update = Scheduler.update
+
+    def broken(self, output, result):
+        late = [row for row in output.requests if self._requests[row.request_id].finish_reason == "stop"]
+        outputs = update(self, output, result)
+        return outputs + [
+            TokenOutput(request_id=row.request_id, token_ids=[result.sampled[row.request_id].token_id])
+            for row in late
+            if row.request_id in result.sampled
+        ]
+
+    with patch.object(Scheduler, "update", broken):
+        yield
+
+
+@contextmanager
+def noise_of_the_token_on_its_way() -> Iterator[None]:
+    """A row planned ahead draws with the noise of the position before."""
+    row_ahead = planner.row_ahead
+
+    def broken(request, block_table) -> ScheduledRequest:
+        row = row_ahead(request, block_table)
+        row.sampling.position -= 1
+        return row
+
+    with patch.object(planner, "row_ahead", broken):
+        yield
+
+
+@contextmanager
+def length_of_the_output_one_short() -> Iterator[None]:
+    """A row planned ahead takes itself for the one before it: min_tokens hold a token too long."""
+    with patch.object(PendingOutput, "__len__", lambda self: self._num_tokens - 1):
         yield
 
 
@@ -647,11 +795,15 @@ PLANTED: dict[str, Callable] = {
         tenants_share_pages,
         shared_page_written,
         fork_of_what_is_not_computed,
+        token_of_a_neighbour,
+        token_in_vain_is_kept,
         rejected_tokens_are_published,
         noise_keyed_by_row,
         counts_of_rejected_drafts_kept,
         rows_do_not_see_the_drafts_before_them,
         wrong_drafts_are_accepted,
+        noise_of_the_token_on_its_way,
+        length_of_the_output_one_short,
     )
 }
 

@@ -10,6 +10,7 @@ import aios_sched
 TORCH_FREE = [
     "aios_sched",
     "aios_sched.admission",
+    "aios_sched.ahead",
     "aios_sched.config",
     "aios_sched.deadlines",
     "aios_sched.engine",
@@ -17,6 +18,7 @@ TORCH_FREE = [
     "aios_sched.executor",
     "aios_sched.output",
     "aios_sched.output_estimate",
+    "aios_sched.overlapped_executor",
     "aios_sched.planner",
     "aios_sched.policy.base",
     "aios_sched.policy.fcfs",

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aios_sched.routing.base import Choice, RoutedRequest
+from aios_sched.routing.base import Choice, RoutedRequest, RoutingName
 from aios_sched.routing.least_loaded import LeastLoaded
 from aios_sched.routing.prefix_affinity import PrefixAffinity
 from aios_sched.routing.round_robin import RoundRobin
@@ -112,6 +113,10 @@ class RouterMachine(RuleBasedStateMachine):
 
 TestRouterMachine = RouterMachine.TestCase
 TestRouterMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_options_know_every_policy():
+    assert get_args(RoutingName) == tuple(ROUTING_POLICIES)
 
 
 @pytest.mark.parametrize("name", ROUTING_POLICIES)

@@ -23,7 +23,7 @@ def test_any_sequence_of_operations_gives_each_request_the_tokens_it_gets_alone(
 
 def test_the_driver_reaches_what_it_claims_to_test(lab):
     """Otherwise the test above could be green because nothing ever happens."""
-    drivers = [lab.Driver(seed).run(100) for seed in range(60)]
+    drivers = [lab.Driver(seed).run(100) for seed in range(90)]
     assert sum(driver.scheduler.num_preemptions for driver in drivers) > 100
     assert sum(driver.block_manager.stats.hits for driver in drivers) > 500
     assert sum(driver.block_manager.stats.evictions for driver in drivers) > 500
@@ -36,6 +36,8 @@ def test_the_driver_reaches_what_it_claims_to_test(lab):
     drafts = [driver.drafting.stats for driver in drivers if driver.drafting]
     assert sum(stats.num_accepted_tokens for stats in drafts) > 1000
     assert sum(stats.num_draft_tokens - stats.num_accepted_tokens for stats in drafts) > 300
+    assert sum(driver.num_rows_ahead for driver in drivers) > 300
+    assert sum(driver.scheduler.num_preemptions for driver in drivers if driver.num_rows_ahead) > 10
     reasons = [ended[0] for driver in drivers for ended in driver.ended.values()]
     assert min(map(reasons.count, ("stop", "length", "abort"))) > 50
     assert reasons.count("timeout") > 20
@@ -219,6 +221,12 @@ class IgnoresSeats(StepPlanner):
 def test_a_bug_planted_in_the_planner_is_caught(lab, bug, symptom):
     with pytest.raises(Exception, match=symptom):
         run_many(lab, planner_class=bug)
+
+
+def test_a_row_planned_beyond_the_end_is_caught(lab, monkeypatch):
+    monkeypatch.setattr("aios_sched.planner.may_run_ahead", lambda request, *, max_model_len: True)
+    with pytest.raises(AssertionError, match=r"planned beyond|planned ahead of what it reads|nobody wrote|wrong place"):
+        run_many(lab)
 
 
 class HandsOutAPageTwice(BlockManager):

@@ -9,6 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from aios_kvcache.page_events import Taken
 from aios_model.errors import AiosError, ConfigError
 from aios_sched.simulator.arrivals import IndependentRequests, poisson
 from aios_sched.simulator.chat import ChatSessions
@@ -153,6 +154,16 @@ def test_a_timeline_is_what_viewers_open(tmp_path):
     assert {event["id"] for event in begun} == {event["id"] for event in ended}
     tokens = sum(event["args"]["prefill tokens"] + event["args"]["decode tokens"] for event in steps)
     assert tokens == results.meters.num_tokens
+
+
+def test_pages_change_at_the_times_of_their_steps():
+    fleet = Fleet(SystemConfig(num_blocks=64, block_size=4), TENTH, leap=False)
+    recorder = fleet.record_pages()
+    fleet.run(Listed(request(0, prompt=4, output=9)))
+    times = [record.time for record in recorder.trace().records if isinstance(record.event, Taken)]
+    assert times == pytest.approx([0.0, 0.1, 0.5])
+    with pytest.raises(ConfigError, match="leap=False"):
+        Fleet(SystemConfig(num_blocks=64), TENTH).record_pages()
 
 
 def test_a_timeline_ends_when_it_is_full_and_says_so(tmp_path):

@@ -209,6 +209,9 @@ class ScriptedEngine:
             num_failed_steps=0,
             schedule_seconds=0.1,
             step_seconds=1.0,
+            num_drafts=30,
+            num_draft_tokens=90,
+            num_accepted_tokens=70,
         )
 
     def subscribe(self, listener: EngineListener) -> None:

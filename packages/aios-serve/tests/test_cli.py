@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 
 import pytest
 
+from aios_sched.speculative.config import SpeculativeConfig
 from aios_serve import cli
 from aios_serve.config import EngineConfig
 from aios_serve.server_config import ServerConfig
@@ -73,6 +75,7 @@ def test_every_flag_arrives(run, tmp_path):
         *("--max-num-batched-tokens", "64", "--no-enable-chunked-prefill", "--max-num-queued-reqs", "9", "-tp", "1"),
         *("--scheduling-policy", "priority", "--priority-aging-seconds", "2", "--request-timeout", "60"),
         *("--threads", "3", "--no-engine-process", "--log-level", "warning"),
+        *("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 6}'),
     )
     assert engine == EngineConfig(
         model="some/model",
@@ -99,6 +102,7 @@ def test_every_flag_arrives(run, tmp_path):
         scheduling_policy="priority",
         priority_aging_seconds=2.0,
         request_timeout=60.0,
+        speculative=SpeculativeConfig(method="ngram", num_speculative_tokens=5, prompt_lookup_max=6),
         max_num_queued_reqs=9,
         threads=3,
         engine_process=False,
@@ -153,6 +157,12 @@ def test_key_can_come_from_the_environment(run, monkeypatch):
         (["--gpu-memory-utilization", "90"], ["--device-memory-utilization=90", "0.9"]),
         (["--kv-cache-memory-bytes", "lots"], ["--kv-cache-memory-bytes='lots'", "4GiB"]),
         (["--kv-cache-memory-bytes", "1g", "--num-gpu-blocks-override", "5"], ["--num-gpu-blocks-override"]),
+        (["--speculative-config", '{"method": "medusa"}'], ["--speculative-config='{", "method='medusa'", "ngram"]),
+        (["--speculative-config", "ngram"], ["--speculative-config='ngram'", "no JSON", '{"method"']),
+        (
+            ["--max-model-len", "4k", "--num-gpu-blocks-override", "255"],
+            ["--num-gpu-blocks-override=255", "--max-model-len=4096", "needs 256 pages of 16 tokens", "4080"],
+        ),
         (["--ssl-certfile", "x.pem"], ["--ssl-keyfile"]),
         (["--api-key", ""], ["API key"]),
         (["--allowed-origins", "[1"], ["--allowed-origins='[1'", "JSON"]),
@@ -199,6 +209,24 @@ def test_help_and_mistakes_import_nothing_heavy(args):
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_smallest_legal_pool_is_served(run):
+    engine, _, _ = run("--max-model-len", "4k", "--num-gpu-blocks-override", "256")
+    assert (engine.max_model_len, engine.num_gpu_blocks_override) == (4096, 256)
+
+
+def test_one_page_fewer_ends_with_status_2_and_the_arithmetic_before_anything_is_loaded():
+    options = ["--max-model-len", "4096", "--num-gpu-blocks-override", "255", "--port", "0"]
+    command = [sys.executable, "-X", "importtime", "-m", "aios_serve.cli", "/no/such/model", *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    [line] = [line for line in result.stderr.splitlines() if not line.startswith("import time:")]
+    assert line == (
+        "aios-serve: --num-gpu-blocks-override=255 cannot be used: one sequence of --max-model-len=4096 tokens needs "
+        "256 pages of 16 tokens, and these hold 4080 tokens; give as many pages, or lower --max-model-len to 4080"
+    )
+    assert not re.search(r"\| +(torch|uvicorn|aios_serve\.server)$", result.stderr, re.MULTILINE)
 
 
 def test_address_in_use_ends_with_status_1_and_one_line():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from aios_model.errors import ConfigError
+from aios_sched.speculative.config import SpeculativeConfig
 from aios_serve.config import EngineConfig, parse_count
 
 
@@ -31,6 +33,11 @@ from aios_serve.config import EngineConfig, parse_count
         ({"kv_offloading_size": 5, "kv_cache_policy": "contiguous"}, ["kv_offloading_size=5", "no pages"]),
         ({"preemption_mode": "swap"}, ["preemption_mode='swap'", "kv_offloading_size"]),
         ({"preemption_mode": "never"}, ["preemption_mode='never'", "recompute"]),
+        ({"speculative": {"method": "guess"}}, ["speculative={'method': 'guess'}", "method='guess'", "ngram"]),
+        ({"speculative": {"method": "ngram", "k": 2}}, ["unknown option 'k'", "num_speculative_tokens"]),
+        ({"speculative": '{"method": "ngram", "prompt_lookup_min": 0}'}, ["prompt_lookup_min=0", "at least 1"]),
+        ({"speculative": "ngram"}, ["speculative='ngram'", "no JSON"]),
+        ({"speculative": 4}, ["speculative=4", "None or SpeculativeConfig"]),
         ({"kv_cache_policy": "swap"}, ["kv_cache_policy='swap'", "contiguous"]),
         ({"device_memory_utilization": 1.5}, ["device_memory_utilization=1.5", "0.9"]),
         ({"device_memory_utilization": float("nan")}, ["device_memory_utilization=nan"]),
@@ -38,6 +45,10 @@ from aios_serve.config import EngineConfig, parse_count
         ({"served_model_name": ("a", "")}, ["served_model_name"]),
         ({"max_num_batched_tokens": 4, "max_num_seqs": 8}, ["max_num_batched_tokens=4", "max_num_seqs=8"]),
         ({"kv_cache_memory_bytes": 1, "num_gpu_blocks_override": 1}, ["kv_cache_memory_bytes", "one of them"]),
+        (
+            {"max_model_len": 4081, "num_gpu_blocks_override": 255},
+            ["num_gpu_blocks_override=255", "max_model_len=4081", "256 pages of 16", "hold 4080 tokens", "to 4080"],
+        ),
         ({"pipeline_parallel": 0}, ["pipeline_parallel=0", "at least 1"]),
         ({"expert_parallel": True}, ["expert_parallel=True", "2 or more"]),
         ({"max_engine_restarts": -1}, ["max_engine_restarts=-1"]),
@@ -55,6 +66,12 @@ def test_a_value_that_cannot_be_honoured_is_refused_by_name(options, words):
         EngineConfig(**options)
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_cache_policy": "contiguous", "num_gpu_blocks_override": 1}])
+def test_the_smallest_pool_for_a_length_is_accepted(options):
+    config = EngineConfig(**{"max_model_len": 4080, "num_gpu_blocks_override": 255} | options)
+    assert config.max_model_len == 4080
 
 
 def test_an_unknown_option_names_the_closest_known_one():
@@ -89,6 +106,16 @@ def test_a_config_survives_the_wire():
     config = EngineConfig(model="m", served_model_name=("a", "b"), max_model_len=128, device_memory_utilization=0.5)
     weights = EngineConfig(scheduling_policy="fair", tenant_weights={"a": 2, "b": 0.5}, request_timeout=3)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(weights), type=EngineConfig) == weights
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
+
+
+def test_speculation_is_read_from_a_dict_from_json_and_from_what_asdict_makes_of_it():
+    wanted = SpeculativeConfig(method="ngram", num_speculative_tokens=3)
+    config = EngineConfig(speculative={"method": "ngram", "num_speculative_tokens": 3})
+    assert config.speculative == wanted
+    assert EngineConfig(speculative='{"method": "ngram", "num_speculative_tokens": 3}') == config
+    assert EngineConfig(speculative=wanted) == config
+    assert EngineConfig(**asdict(config)) == config
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(config), type=EngineConfig) == config
 
 

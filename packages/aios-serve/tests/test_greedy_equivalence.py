@@ -86,6 +86,15 @@ def test_in_a_pool_so_small_that_requests_are_preempted():
         assert engine.stats().kv_cache_usage == 0.0
 
 
+@pytest.mark.parametrize("seats", [20, 3])
+def test_steps_that_overlap(monkeypatch, seats):
+    """As on a GPU, which computes on its own: what is built for it, on a CPU that does not."""
+    monkeypatch.setattr("aios_serve.build.is_asynchronous", lambda device: True)
+    with build(max_num_seqs=seats) as engine:
+        assert tokens(engine.generate(prompts(), greedy(64))) == expected()
+        assert engine.stats().kv_cache_usage == 0.0
+
+
 @pytest.mark.gpu
 def test_on_a_cuda_device():
     torch = pytest.importorskip("torch")

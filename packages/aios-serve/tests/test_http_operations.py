@@ -162,6 +162,9 @@ async def test_metrics_show_the_engines_statistics_under_vllms_names(client):
     assert values["vllm:prefix_cache_queries_total"] == 100
     assert values["vllm:prefix_cache_hits_total"] == 60
     assert values["vllm:num_preemptions_total"] == 1
+    assert values["vllm:spec_decode_num_drafts_total"] == 30
+    assert values["vllm:spec_decode_num_draft_tokens_total"] == 90
+    assert values["vllm:spec_decode_num_accepted_tokens_total"] == 70
     assert samples[("vllm:num_requests_running",)].labels == {"model_name": "org/tiny", "engine": "0"}
     [info] = [sample for (name, *_), sample in samples.items() if name == "vllm:cache_config_info"]
     assert (info.value, info.labels["block_size"], info.labels["num_gpu_blocks"]) == (1, "16", "100")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from aios_kvcache.errors import PoolTooSmallError
 from aios_model.errors import AiosError, ConfigError, InvalidRequestError, ModelNotFoundError
 from aios_model.sampling.params import SamplingParams
 from aios_sched.errors import QueueFullError
@@ -153,6 +155,17 @@ def test_streams_and_batches_may_be_interleaved(engine):
     got = [*got, *second, *first]
     assert "".join(delta.deltas[0].text for delta in got) == "acd" + "cd" + "babab"
     assert_idle(engine)
+
+
+def test_pages_can_be_watched(engine):
+    with engine.record_pages(max_events=50) as recorder:
+        engine.generate([[5] * 40, [5] * 40], SamplingParams(max_tokens=4))
+    states = recorder.trace().at(recorder.num_events)
+    assert recorder.num_events > 0
+    assert not any(states.owners)
+    num_events = recorder.num_events
+    engine.generate("again")
+    assert recorder.num_events == num_events
 
 
 def test_leaving_a_stream_early_frees_its_pages(engine):
@@ -302,6 +315,50 @@ def test_torch_attends_over_pages_of_any_type_with_the_same_tokens_however_they_
             assert info.num_kv_bytes == (1 + info.num_blocks) * info.block_size * 2 * 2 * 2 * head_bytes
             answers.append([output.outputs[0].token_ids for output in engine.generate(PROMPTS, GREEDY)])
     assert answers[0] == answers[1]
+
+
+KV_BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 8  # layers x (K, V) x heads x size x bytes
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair", "prefix"])
+@pytest.mark.parametrize(
+    "pool", [{"num_gpu_blocks_override": 6}, {"kv_cache_memory_bytes": 7 * 16 * KV_BYTES_PER_TOKEN}]
+)
+def test_the_smallest_pool_finishes_requests_as_long_as_the_context(tiny_model, pool, policy):
+    """96 tokens are six pages of 16, and bytes count the null page, too. One alone fills the pool; here are nine."""
+    options = {"max_model_len": 96, "scheduling_policy": policy, "max_batch_size": 4}
+    draw = random.Random(str(pool))
+    prompts = [[draw.randrange(1000, 40000) for _ in range(length)] for length in (1, 15, 16, 17, 40, 64, 80, 94, 95)]
+    params = [SamplingParams(temperature=0, max_tokens=96 - len(prompt), ignore_eos=True) for prompt in prompts]
+    with InferenceEngine(**tiny_model, **options, **pool) as engine:
+        assert engine.info.num_blocks == 6
+        outputs = [output.outputs[0] for output in engine.generate(prompts, params)]
+        assert engine.stats().num_preemptions > 0
+        assert_idle(engine)
+    assert [len(output.token_ids) for output in outputs] == [96 - len(prompt) for prompt in prompts]
+    assert {output.finish_reason for output in outputs} == {"length"}
+
+
+@pytest.mark.parametrize(
+    ("pool", "error", "words"),
+    [
+        (
+            {"num_gpu_blocks_override": 5},
+            ConfigError,
+            ["num_gpu_blocks_override=5", "max_model_len=96", "needs 6 pages of 16", "hold 80 tokens"],
+        ),
+        (
+            {"kv_cache_memory_bytes": 7 * 16 * KV_BYTES_PER_TOKEN - 1},
+            PoolTooSmallError,
+            ["one sequence of 96 tokens", f"{KV_BYTES_PER_TOKEN} bytes a token", "context that fits is 80 tokens"],
+        ),
+    ],
+)
+def test_one_page_or_byte_fewer_is_refused_before_weights_are_read(tiny_model, monkeypatch, pool, error, words):
+    monkeypatch.setattr("aios_serve.model_part.load_decoder", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(error) as refusal:
+        InferenceEngine(**tiny_model, max_model_len=96, **pool)
+    assert all(word in str(refusal.value) for word in words)
 
 
 def test_a_model_or_a_pool_that_does_not_fit_is_refused_with_the_numbers(tiny_model, tmp_path):

@@ -45,6 +45,7 @@ STATS = EngineStats(
     num_failed_steps=9,
     schedule_seconds=0.1,
     step_seconds=0.2,
+    num_draft_tokens=10,
 )
 PARAMS = SamplingParams(
     n=2,
@@ -69,7 +70,15 @@ ADD = AddRequest(
     priority=-1,
     cache_salt="s",
 )
-COMMANDS = [Start(config=EngineConfig(model="m")), ADD, Abort(engine_ids=["a"]), ResetPrefixCache(), Shutdown()]
+SPECULATIVE = EngineConfig(speculative={"method": "ngram", "num_speculative_tokens": 3})
+COMMANDS = [
+    Start(config=EngineConfig(model="m")),
+    Start(config=SPECULATIVE),
+    ADD,
+    Abort(engine_ids=["a"]),
+    ResetPrefixCache(),
+    Shutdown(),
+]
 EVENTS = [
     Loading(stage="loading weights", fraction=0.5),
     Outputs(

@@ -172,7 +172,7 @@ def test_a_model_that_cannot_be_cut_so_is_refused_before_anything_starts() -> No
 
 def test_what_a_rank_refuses_reaches_the_caller() -> None:
     with pytest.raises(ConfigError, match=r"rank \d.*max_model_len"):
-        build(tensor_parallel=2, num_gpu_blocks_override=1)
+        build(tensor_parallel=2, num_gpu_blocks_override=None, kv_cache_memory_bytes=1 << 20)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

@@ -7,15 +7,18 @@ import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from aios_model.errors import ConfigError, InvalidRequestError
 from aios_model.sampling.params import SamplingParams
+from aios_serve.app import create_app
 from aios_serve.async_engine import AsyncEngine
 from aios_serve.config import EngineConfig
 from aios_serve.engine_client import ThreadClient
 from aios_serve.engine_process import serve
 from aios_serve.outputs import RequestOutput
+from aios_serve.server_config import ServerConfig
 
 spec = importlib.util.spec_from_file_location("scripted", Path(__file__).with_name("scripted.py"))
 scripted = importlib.util.module_from_spec(spec)
@@ -141,6 +144,45 @@ async def test_a_deadline_in_the_past_is_400(client, engine, path, field, value)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == field
     assert engine.calls == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+@pytest.mark.parametrize(
+    ("options", "fields", "param", "words"),
+    [
+        ({}, {"priority": 1}, "priority", ["priority", "--scheduling-policy priority"]),
+        ({"scheduling_policy": "fair"}, {"priority": -1}, "priority", ["--scheduling-policy priority"]),
+        (
+            {"scheduling_policy": "priority"},
+            {"priority": 101},
+            "priority",
+            ["101", "does not exist", "-100, the least 100"],
+        ),
+        ({"scheduling_policy": "priority"}, {"priority": -(2**62)}, "priority", ["does not exist"]),
+        (
+            {"scheduling_policy": "fair", "tenant_weights": {"key-2": 1.0}},
+            {},
+            "tenant",
+            ["'key-1' does not exist", "key-2"],
+        ),
+        ({}, {"deadline": 1.7e9}, "deadline", ["deadline=1700000000.000", "in the future"]),
+        ({}, {"timeout": 0}, "timeout", ["timeout", "greater than 0"]),
+    ],
+)
+async def test_what_does_not_exist_or_is_past_is_400_and_says_so(path, options, fields, param, words, stream):
+    keys = ServerConfig(api_keys=("one", "two"))
+    async with running(**options) as engine:
+        transport = httpx.ASGITransport(app=create_app(engine, keys))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            headers = {"Authorization": "Bearer one"}
+            response = await client.post(path, json=BODY | {"stream": stream} | fields, headers=headers)
+            assert response.status_code == 400
+            error = response.json()["error"]
+            assert (error["param"], error["type"]) == (param, "invalid_request_error")
+            assert all(word in error["message"] for word in words), error["message"]
+            other = await client.post(path, json=BODY, headers={"Authorization": "Bearer two"})
+            assert other.status_code == 200
 
 
 async def test_each_of_several_keys_is_a_tenant(make_client, engine):

@@ -8,13 +8,16 @@ Bookkeeping (no torch):
                         how many pages there is room for
     `PageTiers`, `TierCosts`, `TransferSeconds`, `Swap`, `TierPlan`, `plan_tiers`
                         host memory and disk below the pool: what is kept there, and what is worth moving
+    `PageRecorder`, `PageTrace`, `PageStates`, `PageWatcher`, `draw_page_map`
+                        watching it: what happened to which page, in memory, in a file, as a picture
 Numbers (torch):
     `PagedKVCache`      the pages, filling the socket `aios_model.KVCache`
     `PageMover`         moves pages between pool, host memory and disk
     `SequenceSlice`     one sequence's share of a step
     `aios_kvcache.native`   the same in C++: `NativePagedKVCache`
 Errors:
-    `SequenceError`, `UnknownSequenceError`, `DuplicateSequenceError`, `PoolTooSmallError`
+    `SequenceError`, `UnknownSequenceError`, `DuplicateSequenceError`, `PoolTooSmallError`, `PageTraceError`,
+    `PageHistoryError`
 """
 
 from __future__ import annotations
@@ -27,7 +30,12 @@ if TYPE_CHECKING:
     from aios_kvcache.block import BlockCopy
     from aios_kvcache.block_manager import BlockManager
     from aios_kvcache.errors import DuplicateSequenceError, PoolTooSmallError, SequenceError, UnknownSequenceError
+    from aios_kvcache.page_events import PageWatcher
+    from aios_kvcache.page_map import draw_page_map
     from aios_kvcache.page_mover import PageMover
+    from aios_kvcache.page_recorder import PageRecorder, PageSnapshot
+    from aios_kvcache.page_states import PageHistoryError, PageStates
+    from aios_kvcache.page_trace import PageTrace, PageTraceError
     from aios_kvcache.paged_cache import PagedKVCache
     from aios_kvcache.prefix_cache import PrefixCacheStats
     from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, native_kv_bytes_per_token, plan_pool
@@ -40,8 +48,15 @@ __all__ = [
     "BlockCopy",
     "BlockManager",
     "DuplicateSequenceError",
+    "PageHistoryError",
     "PageMover",
+    "PageRecorder",
+    "PageSnapshot",
+    "PageStates",
     "PageTiers",
+    "PageTrace",
+    "PageTraceError",
+    "PageWatcher",
     "PagedKVCache",
     "PoolPlan",
     "PoolTooSmallError",
@@ -55,6 +70,7 @@ __all__ = [
     "UnknownSequenceError",
     "available_memory",
     "device_budget",
+    "draw_page_map",
     "native_kv_bytes_per_token",
     "plan_pool",
     "plan_tiers",
@@ -65,7 +81,12 @@ _HOMES = {
     "block": ("BlockCopy",),
     "block_manager": ("BlockManager",),
     "errors": ("DuplicateSequenceError", "PoolTooSmallError", "SequenceError", "UnknownSequenceError"),
+    "page_events": ("PageWatcher",),
+    "page_map": ("draw_page_map",),
     "page_mover": ("PageMover",),
+    "page_recorder": ("PageRecorder", "PageSnapshot"),
+    "page_states": ("PageHistoryError", "PageStates"),
+    "page_trace": ("PageTrace", "PageTraceError"),
     "paged_cache": ("PagedKVCache",),
     "prefix_cache": ("PrefixCacheStats",),
     "sizing": ("PoolPlan", "available_memory", "device_budget", "native_kv_bytes_per_token", "plan_pool"),

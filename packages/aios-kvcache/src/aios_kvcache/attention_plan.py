@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from aios_kvcache.layout import NULL_BLOCK, num_blocks_for
+from aios_model.transfers import upload, upload_tensor
 
 Slots = slice | Tensor
 """Places in a pool, counted in tokens: a run of neighbours, which is read without copying, or int64 indices."""
@@ -170,9 +171,9 @@ class AttentionPlanner:
         mask_BS = torch.zeros(visible_BS.shape, dtype=self._dtype).masked_fill_(~visible_BS, float("-inf"))
         return DecodeGroup(
             rows=rows,
-            slots=slots_BS.flatten().to(self._device),
+            slots=upload_tensor(slots_BS.flatten(), self._device),
             num_keys=num_keys,
-            mask=None if bool(visible_BS.all()) else mask_BS[:, None, None].to(self._device),
+            mask=None if bool(visible_BS.all()) else upload_tensor(mask_BS[:, None, None], self._device),
         )
 
     def _plan_chunk(self, row: int, piece: SequenceSlice) -> PrefillChunk:
@@ -203,7 +204,7 @@ class AttentionPlanner:
             base = pages[0] * size + offset
             return slice(base, base + end - begin)
         slots = _slots_of_pages(torch.tensor([pages]), size)[0, offset : offset + end - begin]
-        return slots.to(self._device)
+        return upload_tensor(slots, self._device)
 
 
 class CausalMask:
@@ -283,7 +284,7 @@ def _slots_of_pages(table_BW: Tensor, block_size: int) -> Tensor:
 def _as_slots(indices: list[int], *, device: torch.device) -> Slots:
     if indices and _is_run(indices):
         return slice(indices[0], indices[-1] + 1)
-    return torch.tensor(indices, dtype=torch.int64, device=device)
+    return upload(indices, dtype=torch.int64, device=device)
 
 
 def _is_run(numbers: Sequence[int]) -> bool:

@@ -16,7 +16,8 @@ A sequence's life:
 `fork` starts one with what another computed already, down to the token.
 
 With tiers below the pool (`tiers.py`), pages that are evicted move there, `open` finds them there, and `reserve` plans
-their way back. The scheduler is its only caller, from one thread; nothing here is locked.
+their way back. Changes are told to those who listen (`page_events.py`).
+The scheduler is the only caller, from one thread; nothing here is locked.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from aios_kvcache.block_pool import BlockPool
 from aios_kvcache.errors import DuplicateSequenceError, SequenceError, UnknownSequenceError
 from aios_kvcache.invariants import check_books
 from aios_kvcache.layout import num_blocks_for
+from aios_kvcache.page_events import Copied, Forked, Found, Held, PageEventStream, Published, Released, Reset, Taken
+from aios_kvcache.page_states import PageStates
 from aios_kvcache.prefix_cache import PageHash, PrefixCacheStats
 from aios_kvcache.sequence_pages import SequencePages
 from aios_kvcache.stored_prefix import await_stored_pages, fetch_stored_pages, known_content, save_pages
@@ -47,6 +50,9 @@ class BlockManager:
         enable_prefix_caching: Whether published pages are found by later sequences.
         hash_function: Files published pages; see `prefix_cache.py`.
         tiers: Where pages go that are evicted; None forgets them.
+
+    Attributes:
+        events: Tells whoever listens what happens to pages; `PageRecorder` does.
 
     Raises:
         ConfigError: A size is below one.
@@ -68,6 +74,7 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.tiers = tiers
         self._pool = BlockPool(num_blocks=num_blocks, hash_function=hash_function, tiers=tiers)
+        self.events: PageEventStream = self._pool.events
         self._sequences: dict[str, SequencePages] = {}
         self._just_opened: SequencePages | None = None  # nothing else has changed since it was opened
 
@@ -113,6 +120,18 @@ class BlockManager:
         """The sequence's pages in the order of its tokens; a copy, which a step's plan may keep."""
         return self._get(sequence_id).table.copy()
 
+    def page_states(self) -> PageStates:
+        """Whose each page is and what is to be found, as the events so far left it; walks over everything."""
+        states = PageStates(self.num_blocks)
+        for sequence_id, sequence in self._sequences.items():
+            for block_id in sequence.table:
+                states.owners[block_id] += (sequence_id,)
+        for block in self._pool.cache:
+            states.contents[block.block_id] = block.content.content_id if block.content else 0
+        for page in () if self.tiers is None else (*self.tiers.host, *self.tiers.disk):
+            states.stored[page.content.content_id] = page.level.name, page.slot
+        return states
+
     # -- A sequence's life -----------------------------------------------------------------------
 
     def open(self, sequence_id: str, token_ids: Sequence[int], *, salt: str = "", use_tiers: bool = True) -> int:
@@ -138,7 +157,7 @@ class BlockManager:
         """
         if sequence_id in self._sequences:
             raise DuplicateSequenceError(sequence_id)
-        sequence = SequencePages(salt, num_queried=len(token_ids))
+        sequence = SequencePages(sequence_id, salt, num_queried=len(token_ids))
         self._sequences[sequence_id] = sequence
         if self.enable_prefix_caching:
             self._hold_cached_prefix(sequence, token_ids)
@@ -183,13 +202,7 @@ class BlockManager:
         if num_blocks > num_held or shared:
             if max(num_blocks - num_held, 0) + len(shared) > self._pool.free_queue.num_blocks:
                 return None
-            self._just_opened = None
-            copies = [self._copy_on_write(sequence, index) for index in shared]
-            table.extend([self._pool.take().block_id for _ in range(num_blocks - num_held)])
-            if self.tiers is not None:
-                if copies:
-                    self.tiers.suspend()
-                fetch_stored_pages(self._pool, self.tiers, sequence, table[num_held:])
+            copies = self._take_pages(sequence, shared, num_blocks - num_held)
         if sequence.num_queried:
             self._count_admission(sequence)
         return copies
@@ -241,7 +254,7 @@ class BlockManager:
         num_tokens = num_slots if num_tokens is None else num_tokens
         if not 0 <= num_tokens <= num_slots:
             raise SequenceError(f"sequence {parent_id!r} has {num_slots} slots, which cannot share {num_tokens} tokens")
-        child = SequencePages(parent.salt, num_queried=num_queried)
+        child = SequencePages(child_id, parent.salt, num_queried=num_queried)
         child.table = parent.table[: num_blocks_for(num_tokens, size)]
         child.num_published = min(parent.num_published, num_tokens // size)
         child.num_found = num_tokens
@@ -249,6 +262,8 @@ class BlockManager:
             self._pool.hold(self._pool.blocks[block_id])
         self._sequences[child_id] = child
         self._just_opened = None
+        if self.events.is_watched:
+            self.events.emit(Forked(parent_id, child_id, tuple(child.table), num_tokens))
 
     def can_share(self, sequence_id: str, num_tokens: int) -> bool:
         """Whether the pages of a sequence's first tokens can be forked: none of them is still on its way from a tier.
@@ -273,10 +288,13 @@ class BlockManager:
                 f"sequence {sequence_id!r} cannot be truncated to {num_tokens} tokens: "
                 f"it has {len(sequence.table)} pages of {self.block_size}"
             )
-        self._pool.release(sequence.table[num_kept:])
+        dropped = sequence.table[num_kept:]
+        self._pool.release(dropped)
         del sequence.table[num_kept:]
         sequence.num_published = min(sequence.num_published, num_tokens // self.block_size)
         self._just_opened = None
+        if self.events.is_watched and dropped:
+            self.events.emit(Released(sequence_id, tuple(dropped)))
 
     def save(self, sequence_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> bool:
         """Keeps in a tier what would be lost with `free`, for when the sequence is opened again.
@@ -330,12 +348,16 @@ class BlockManager:
             self.tiers.unpin(sequence.awaited)
         self._pool.release(sequence.table, undo=sequence is self._just_opened)
         self._just_opened = None
+        if self.events.is_watched and sequence.table:
+            self.events.emit(Released(sequence_id, tuple(sequence.table)))
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all published pages, for instance because the weights changed; False if any page is in use."""
         if self._pool.free_queue.num_blocks < self.num_blocks:
             return False
         self._pool.cache.clear()
+        if self.events.is_watched:
+            self.events.emit(Reset())
         if self.tiers is not None:
             self.tiers.clear()
         return True
@@ -352,6 +374,21 @@ class BlockManager:
         except KeyError:
             raise UnknownSequenceError(sequence_id) from None
 
+    def _take_pages(self, sequence: SequencePages, shared: Sequence[int], num_new: int) -> list[BlockCopy]:
+        """Replaces the pages at the indexes `shared` by copies, and appends new ones."""
+        self._just_opened = None
+        pool = self._pool
+        copies = [self._copy_on_write(sequence, index) for index in shared]
+        new = [pool.take().block_id for _ in range(num_new)]
+        sequence.table += new
+        if self.events.is_watched and new:
+            self.events.emit(Taken(sequence.sequence_id, tuple(new)))
+        if self.tiers is not None:
+            if copies:
+                self.tiers.suspend()
+            fetch_stored_pages(pool, self.tiers, sequence, new)
+        return copies
+
     def _hold_cached_prefix(self, sequence: SequencePages, token_ids: Sequence[int]) -> None:
         size, parent = self.block_size, None
         for start in range(0, len(token_ids) - size, size):
@@ -362,17 +399,22 @@ class BlockManager:
             sequence.table.append(block.block_id)
             parent = block.content
         sequence.num_published = len(sequence.table)
+        if self.events.is_watched and sequence.table:
+            self._tell_held(sequence.sequence_id, sequence.table)
 
     def _count_admission(self, sequence: SequencePages) -> None:
         self._pool.stats.queries += sequence.num_queried
         self._pool.stats.hits += sequence.num_found
+        if self.events.is_watched:
+            stored = sequence.num_awaited_tokens
+            self.events.emit(Found(sequence.sequence_id, sequence.num_queried, sequence.num_found, stored))
         sequence.num_queried = 0
 
     def _publish_pages(self, sequence: SequencePages, token_ids: Sequence[int], num_full: int) -> None:
-        size, table = self.block_size, sequence.table
+        size, table, blocks = self.block_size, sequence.table, self._pool.blocks
         parent = self._pool.last_published(sequence)
         for index in range(sequence.num_published, num_full):
-            block = self._pool.blocks[table[index]]
+            block = blocks[table[index]]
             tokens = tuple(token_ids[index * size : (index + 1) * size])
             keeper = self._publish_page(block, parent, tokens, sequence.salt)
             if keeper is None:  # a hash collision: the page stays private, and so do those behind it
@@ -380,8 +422,12 @@ class BlockManager:
             if keeper is not block:
                 self._pool.hold(keeper)
                 table[index] = keeper.block_id
+                if self.events.is_watched:
+                    self._tell_held(sequence.sequence_id, [keeper.block_id])
                 self._pool.release([block.block_id])
                 self._just_opened = None
+                if self.events.is_watched:
+                    self.events.emit(Released(sequence.sequence_id, (block.block_id,)))
             sequence.num_published = index + 1
             parent = keeper.content
 
@@ -390,7 +436,10 @@ class BlockManager:
     ) -> Block | None:
         if block.content is None:
             known = None if self.tiers is None else known_content(self._pool, self.tiers, parent, tokens, salt)
-            return self._pool.cache.add(block, parent, tokens, salt, known=known)
+            keeper = self._pool.cache.add(block, parent, tokens, salt, known=known)
+            if self.events.is_watched and block.content is not None:
+                self.events.emit(Published(block.block_id, block.content.content_id, block.content.parent_id))
+            return keeper
         if not block.content.holds(parent, tokens, salt):
             raise SequenceError(f"page {block.block_id} is published with other tokens; reserve() before writing")
         return block  # a fork published it, or it was truncated and not written since
@@ -401,4 +450,10 @@ class BlockManager:
         sequence.table[index] = destination
         sequence.num_published = min(sequence.num_published, index)
         self._pool.release([source])
+        if self.events.is_watched:
+            self.events.emit(Copied(sequence.sequence_id, source, destination))
         return BlockCopy(source, destination)
+
+    def _tell_held(self, sequence_id: str, block_ids: Sequence[int]) -> None:
+        ref_counts = tuple(self._pool.blocks[block_id].ref_count for block_id in block_ids)
+        self.events.emit(Held(sequence_id, tuple(block_ids), ref_counts))

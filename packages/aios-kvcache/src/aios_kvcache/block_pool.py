@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from aios_kvcache.block import Block, FreeQueue, PageContent
 from aios_kvcache.layout import FIRST_BLOCK
+from aios_kvcache.page_events import Evicted, PageEventStream
 from aios_kvcache.prefix_cache import PageHash, PrefixCache, PrefixCacheStats
 from aios_kvcache.sequence_pages import SequencePages
 from aios_kvcache.tiers import PageTiers
@@ -28,9 +29,10 @@ class BlockPool:
         free_queue: Those that nobody holds.
         cache: Finds the published ones, held or not.
         stats: What was found and what was evicted.
+        events: Tells of all this, the tiers included, whoever listens.
     """
 
-    __slots__ = ("blocks", "cache", "free_queue", "stats", "tiers")
+    __slots__ = ("blocks", "cache", "events", "free_queue", "stats", "tiers")
 
     def __init__(self, *, num_blocks: int, hash_function: PageHash, tiers: PageTiers | None) -> None:
         self.blocks = [Block(block_id) for block_id in range(FIRST_BLOCK + num_blocks)]
@@ -38,6 +40,7 @@ class BlockPool:
         self.cache = PrefixCache(hash_function)
         self.stats = PrefixCacheStats()
         self.tiers = tiers
+        self.events = PageEventStream() if tiers is None else tiers.events
 
     def last_published(self, sequence: SequencePages) -> PageContent | None:
         """What the newest published page of a sequence holds; None if it has none."""
@@ -48,13 +51,16 @@ class BlockPool:
     def take(self) -> Block:
         """The free page whose content is worth least, private now and held once; what it held moves to a tier."""
         block = self.free_queue.pop_front()
+        content = block.content
         if self.tiers is not None:
             self.tiers.retake(block.block_id)
-            if block.content is not None:
-                self.tiers.store(block.content, block.block_id)
-        if block.content is not None:
+            if content is not None:
+                self.tiers.store(content, block.block_id)
+        if content is not None:
             self.cache.remove(block)
             self.stats.evictions += 1
+            if self.events.is_watched:
+                self.events.emit(Evicted(block.block_id, content.content_id))
         block.ref_count = 1
         return block
 

@@ -4,7 +4,9 @@
      ├─ SequenceError              a call does not fit the sequence it names     (also a ValueError)
      │   ├─ UnknownSequenceError   no such sequence: never opened, or freed before
      │   └─ DuplicateSequenceError the id is open already
-     └─ PoolTooSmallError          the memory does not hold one sequence of the length asked for
+     ├─ PoolTooSmallError          the memory does not hold one sequence of the length asked for
+     ├─ PageHistoryError           an event does not fit the pages before it     (page_states.py; also a ValueError)
+     └─ PageTraceError             a file is no page trace, or a broken one      (page_trace.py; also a ValueError)
 
 A pool without enough free pages is no error: `BlockManager.reserve` returns None and the scheduler waits or preempts.
 """

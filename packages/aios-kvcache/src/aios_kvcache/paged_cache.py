@@ -19,6 +19,7 @@ from aios_kvcache.pool_memory import allocate_pool
 from aios_kvcache.stored_heads import stored_heads
 from aios_model.config import LayerSpec, ModelConfig
 from aios_model.errors import UnsupportedModelError
+from aios_model.transfers import upload
 
 __all__ = ["PagedKVCache", "SequenceSlice"]
 
@@ -131,8 +132,8 @@ class PagedKVCache:
     def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
         """Copies whole pages in every layer, as if one after the other."""
         for wave in independent_waves(copies):
-            sources = torch.tensor([copy.source for copy in wave], device=self.device)
-            destinations = torch.tensor([copy.destination for copy in wave], device=self.device)
+            sources = upload([copy.source for copy in wave], dtype=torch.int64, device=self.device)
+            destinations = upload([copy.destination for copy in wave], dtype=torch.int64, device=self.device)
             for pool in self.pools:
                 pool.index_copy_(1, destinations, pool.index_select(1, sources))
 

@@ -121,8 +121,8 @@ def plan_pool(
     num_bytes = (FIRST_BLOCK + num_pages) * block_size * room.bytes_per_token
     if available_bytes is not None and num_bytes > available_bytes:
         raise ConfigError(
-            f"{num_pages} pages of {block_size} tokens take {_gib(num_bytes)} of keys and values, "
-            f"but {_gib(available_bytes)} of memory is available; ask for less"
+            f"{num_pages} pages of {block_size} tokens take {_memory(num_bytes)} of keys and values, "
+            f"but {_memory(available_bytes)} of memory is available; ask for less"
         )
     max_model_len = min(length, num_pages * block_size)
     return PoolPlan(num_blocks=num_pages, block_size=block_size, max_model_len=max_model_len, num_bytes=num_bytes)
@@ -159,7 +159,8 @@ def device_budget(*, free_bytes: int, total_bytes: int, device_memory_utilizatio
     budget = int(free_bytes * device_memory_utilization)
     if budget <= 0:
         raise PoolTooSmallError(
-            f"{_gib(free_bytes)} of the device's {_gib(total_bytes)} are free, which leaves no room for keys and values"
+            f"{_memory(free_bytes)} of the device's {_memory(total_bytes)} are free, which leaves no room for keys and "
+            "values"
         )
     return budget
 
@@ -188,7 +189,7 @@ class _Room:
     def too_small(self, length: int, block_size: int, *, contiguous: bool) -> PoolTooSmallError:
         """Says what is needed, what there is, and what would fit."""
         needed = (FIRST_BLOCK + num_blocks_for(length, block_size)) * block_size * self.bytes_per_token
-        there_is = f"{_gib(self.budget)} is there for it"
+        there_is = f"{_memory(self.budget)} is there for it"
         if self.num_blocks is not None:
             there_is = f"the pool is set to {self.num_blocks} pages of {block_size} tokens"
         fitting = self.num_pages(block_size, at_most=None) * block_size
@@ -198,7 +199,7 @@ class _Room:
         if fitting < 1:
             remedy = "not even one page fits: "
         return PoolTooSmallError(
-            f"one sequence of {length} tokens needs {_gib(needed)} of keys and values "
+            f"one sequence of {length} tokens needs {_memory(needed)} of keys and values "
             f"({self.bytes_per_token} bytes a token), but {there_is}; {remedy}give the cache more memory"
         )
 
@@ -217,5 +218,9 @@ def _scale_bytes(dtype: KvDtype) -> int:
     return SCALE_BYTES if dtype == "int8" else 0
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+def _memory(num_bytes: int) -> str:
+    """In the largest unit of which there is one: a message with 0.00 GiB on both sides explains nothing."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / 2**power:.2f} {unit}"
+    return f"{num_bytes} bytes"

@@ -56,7 +56,7 @@ def await_stored_pages(
 
 def fetch_stored_pages(pool: BlockPool, tiers: PageTiers, sequence: SequencePages, block_ids: Sequence[int]) -> None:
     """Plans the way back of what was found, into the first of the pages that were just taken."""
-    pages, sequence.awaited, sequence.num_awaited_tokens = sequence.awaited, [], 0
+    pages, sequence.awaited = sequence.awaited, []
     tiers.unpin(pages)
     for page, block_id in zip(pages, block_ids, strict=False):
         tiers.fetch(page, block_id)

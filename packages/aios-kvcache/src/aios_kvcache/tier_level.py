@@ -41,7 +41,7 @@ class Level:
     """One tier: its slots, and its pages from the least recently stored to the newest."""
 
     def __init__(self, name: TierName, num_slots: int) -> None:
-        self.name = name
+        self.name: TierName = name
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._pages: OrderedDict[int, StoredPage] = OrderedDict()  # by slot

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aios_kvcache.block import PageContent
+from aios_kvcache.page_events import Demoted, Dropped, Fetched, PageEventStream, Stored
 from aios_kvcache.swap import Swap
 from aios_kvcache.tier_costs import TierCosts
 from aios_kvcache.tier_level import Level, StoredPage
@@ -55,6 +56,7 @@ class PageTiers:
 
     Attributes:
         stats: What happened.
+        events: Tells of pages on the move whoever listens, and of those of the pool above.
 
     Raises:
         ConfigError: A number is out of range.
@@ -68,6 +70,7 @@ class PageTiers:
             )
         self.costs = costs or TierCosts(mode="swap")
         self.stats = TierStats()
+        self.events = PageEventStream()
         self.host = Level("host", num_host_pages)
         self.disk = Level("disk", num_disk_pages)
         self._filed: dict[int, StoredPage] = {}  # by the hash of their content, those without an owner
@@ -170,6 +173,8 @@ class PageTiers:
         """Plans to fill a pool page; the page stays where it is."""
         self._arriving[block_id] = self._emit("in" if page.level is self.host else "load", page.slot, block_id)
         self.stats.num_fetched += 1
+        if self.events.is_watched:
+            self.events.emit(Fetched(block_id, page.content.content_id, page.level.name, page.slot))
 
     def is_arriving(self, block_id: int) -> bool:
         """Whether a pool page is to be filled by a move whose step has not returned."""
@@ -265,6 +270,8 @@ class PageTiers:
         page = StoredPage(content, owner, self.host, slot, self._emit("out", block_id, slot))
         self.host.add(page)
         self.stats.num_stored += 1
+        if self.events.is_watched:
+            self.events.emit(Stored(block_id, content.content_id, slot, owner or ""))
         return page
 
     def _make_room(self) -> bool:
@@ -285,6 +292,8 @@ class PageTiers:
         victim.level, victim.slot = self.disk, slot
         self.disk.add(victim)
         self.stats.num_demoted += 1
+        if self.events.is_watched:
+            self.events.emit(Demoted(victim.content.content_id, slot))
         return True
 
     def _make_room_on_disk(self) -> bool:
@@ -310,6 +319,8 @@ class PageTiers:
         page.level.remove(page)
         if page.owner is None and self._filed.get(page.content.page_hash) is page:
             del self._filed[page.content.page_hash]
+        if self.events.is_watched:
+            self.events.emit(Dropped(page.content.content_id, page.level.name, page.slot))
 
     def _forget_slot(self, swap: Swap, serial: int) -> None:
         """Forgets the page that a move tried to read, unless its slot has been filled again since."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from aios_model.command_line import Revision
 from aios_model.errors import AiosError
 from aios_model.weights.hub import LoadFormat
 
@@ -63,7 +64,7 @@ def generate(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16 or float64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     load_format: Annotated[LoadFormat, typer.Option(help="Which weights to read; dummy draws random ones.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Revision = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the processor; all cores by default.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="End with speed, memory and the share of the limit.")] = False,
 ) -> None:
@@ -116,7 +117,7 @@ def inspect(
     ] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="Memory in GB; tells what fits in it.")] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache for the figures per token.")] = 2048,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Revision = None,
 ) -> None:
     """Prints parameters by part, bytes, FLOPs and KV cache per token, what fits, and the roofline's tok/s.
 

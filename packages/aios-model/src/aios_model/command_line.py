@@ -1,14 +1,19 @@
-"""How every command of AIOS ends: with a status, and with one line where something was wrong. No torch here."""
+"""What all commands of AIOS have in common: how they end, and an option that means the same everywhere. No torch here.
+
+They end with a status, and with one line where something was wrong.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, cast
+from typing import Annotated, NoReturn, cast
 
 import typer
 
 from aios_model.errors import AiosError, ConfigError
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 
 # Where typer keeps click depends on its version; the class of every mistake in the arguments is this one.
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])

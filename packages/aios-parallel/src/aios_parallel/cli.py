@@ -8,36 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from aios_model.command_line import run_command
+from aios_model.command_line import Revision, run_command
 from aios_model.errors import ConfigError
-from aios_parallel.cli_options import (
-    CHOICE,
-    HARDWARE,
-    OUTPUT,
-    WORK,
-    Bandwidth,
-    Collectives,
-    Context,
-    DeviceType,
-    Flops,
-    Interconnect,
-    Json,
-    KVCacheDType,
-    KVDType,
-    LinkBandwidth,
-    LinkLatency,
-    Memory,
-    ModelArgument,
-    Network,
-    NetworkBandwidth,
-    NetworkLatency,
-    Objective,
-    Plot,
-    Prompt,
-    Revision,
-    StepTokens,
-    Utilization,
-)
+from aios_parallel import cli_options as options
+from aios_parallel.cli_options import CHOICE, HARDWARE, OUTPUT, WORK
 
 if TYPE_CHECKING:
     from aios_model.config import ModelConfig
@@ -68,27 +42,27 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @app.command()
 def plan(
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     *,
     devices: Annotated[int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Devices, in all hosts together.")] = 1,
     hosts: Annotated[int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Hosts they are in, evenly.")] = 1,
-    device_type: DeviceType = "cpu",
-    memory: Memory = None,
-    bandwidth: Bandwidth = None,
-    flops: Flops = None,
-    interconnect: Interconnect = "auto",
-    link_bandwidth: LinkBandwidth = None,
-    link_latency: LinkLatency = None,
-    network: Network = "ethernet",
-    network_bandwidth: NetworkBandwidth = None,
-    network_latency: NetworkLatency = None,
-    collectives: Collectives = None,
+    device_type: options.DeviceType = "cpu",
+    memory: options.Memory = None,
+    bandwidth: options.Bandwidth = None,
+    flops: options.Flops = None,
+    interconnect: options.Interconnect = "auto",
+    link_bandwidth: options.LinkBandwidth = None,
+    link_latency: options.LinkLatency = None,
+    network: options.Network = "ethernet",
+    network_bandwidth: options.NetworkBandwidth = None,
+    network_latency: options.NetworkLatency = None,
+    collectives: options.Collectives = None,
     batch: Annotated[int, typer.Option(rich_help_panel=WORK, min=1, help="Sequences decoded together.")] = 64,
-    context: Context = None,
-    prompt: Prompt = None,
-    max_num_batched_tokens: StepTokens = None,
-    kv_cache_dtype: KVDType = KVCacheDType.auto,
-    device_memory_utilization: Utilization = 0.9,
+    context: options.Context = None,
+    prompt: options.Prompt = None,
+    max_num_batched_tokens: options.StepTokens = None,
+    kv_cache_dtype: options.KVDType = "auto",
+    device_memory_utilization: options.Utilization = 0.9,
     quantization: Annotated[
         str,
         typer.Option(
@@ -99,12 +73,12 @@ def plan(
         ),
     ] = "auto",
     objective: Annotated[
-        Objective,
+        options.Objective,
         typer.Option(
             rich_help_panel=CHOICE,
             help="throughput: most tokens per second. latency: fastest for one user alone. devices: fewest devices.",
         ),
-    ] = Objective.throughput,
+    ] = "throughput",
     tensor_parallel_size: Annotated[
         int | None,
         typer.Option(
@@ -145,8 +119,8 @@ def plan(
         ),
     ] = False,
     top: Annotated[int, typer.Option(rich_help_panel=OUTPUT, min=1, help="Plans to list.")] = 12,
-    json: Json = False,
-    plot: Plot = None,
+    json: options.Json = False,
+    plot: options.Plot = None,
     revision: Revision = None,
 ) -> int:
     """Recommends how to spread MODEL over devices, with the reasons and the aios-serve command.
@@ -185,7 +159,7 @@ def plan(
         context=context,
         prompt=prompt,
         max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_dtype=kv_cache_dtype.value,
+        kv_cache_dtype=kv_cache_dtype,
         utilization=device_memory_utilization,
     )
     wanted = LayoutFilter(
@@ -201,9 +175,9 @@ def plan(
         cluster=cluster,
         workload=work,
         assumptions=list_assumptions(config, schemes, cluster, work),
-        recommendation=recommend(plans, objective.value, model=model),
+        recommendation=recommend(plans, objective, model=model),
         plans=plans,
-        objective=objective.value,
+        objective=objective,
     )
     if json:
         typer.echo(plan_json(report), nl=False)
@@ -216,31 +190,31 @@ def plan(
 
 @app.command()
 def scaling(
-    model: ModelArgument = None,
+    model: options.ModelArgument = None,
     *,
     max_devices_per_host: Annotated[
         int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Largest TP, within a host.")
     ] = 8,
     max_hosts: Annotated[int, typer.Option(rich_help_panel=HARDWARE, min=1, help="Most hosts.")] = 8,
-    device_type: DeviceType = "h100",
-    memory: Memory = None,
-    bandwidth: Bandwidth = None,
-    flops: Flops = None,
-    interconnect: Interconnect = "auto",
-    link_bandwidth: LinkBandwidth = None,
-    link_latency: LinkLatency = None,
-    network: Network = "ethernet",
-    network_bandwidth: NetworkBandwidth = None,
-    network_latency: NetworkLatency = None,
-    collectives: Collectives = None,
+    device_type: options.DeviceType = "h100",
+    memory: options.Memory = None,
+    bandwidth: options.Bandwidth = None,
+    flops: options.Flops = None,
+    interconnect: options.Interconnect = "auto",
+    link_bandwidth: options.LinkBandwidth = None,
+    link_latency: options.LinkLatency = None,
+    network: options.Network = "ethernet",
+    network_bandwidth: options.NetworkBandwidth = None,
+    network_latency: options.NetworkLatency = None,
+    collectives: options.Collectives = None,
     batch_per_device: Annotated[
         int, typer.Option(rich_help_panel=WORK, min=1, help="Sequences decoded together, per device.")
     ] = 16,
-    context: Context = None,
-    prompt: Prompt = None,
-    max_num_batched_tokens: StepTokens = None,
-    kv_cache_dtype: KVDType = KVCacheDType.auto,
-    device_memory_utilization: Utilization = 0.9,
+    context: options.Context = None,
+    prompt: options.Prompt = None,
+    max_num_batched_tokens: options.StepTokens = None,
+    kv_cache_dtype: options.KVDType = "auto",
+    device_memory_utilization: options.Utilization = 0.9,
     quantization: Annotated[
         str,
         typer.Option(rich_help_panel=WORK, metavar="SCHEME", help="Weights: none, int8, fp8, int4, as-stored."),
@@ -248,8 +222,8 @@ def scaling(
     enable_expert_parallel: Annotated[
         bool, typer.Option("--enable-expert-parallel", rich_help_panel=WORK, help="Whole experts per rank.")
     ] = False,
-    json: Json = False,
-    plot: Plot = None,
+    json: options.Json = False,
+    plot: options.Plot = None,
     revision: Revision = None,
 ) -> int:
     """Models weak scaling: tokens per second as devices are added and each keeps its number of sequences.
@@ -289,7 +263,7 @@ def scaling(
         context=context,
         prompt=prompt,
         max_num_batched_tokens=max_num_batched_tokens,
-        kv_cache_dtype=kv_cache_dtype.value,
+        kv_cache_dtype=kv_cache_dtype,
         utilization=device_memory_utilization,
     )
     points = weak_scaling(config, schemes[0], cluster, work, expert_parallel=enable_expert_parallel)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,23 +13,8 @@ CHOICE = "What to look for"
 OUTPUT = "Output"
 
 
-class KVCacheDType(StrEnum):
-    """Values of --kv-cache-dtype."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-    fp8 = "fp8"
-
-
-class Objective(StrEnum):
-    """Values of --objective."""
-
-    throughput = "throughput"
-    latency = "latency"
-    devices = "devices"
-
+KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8"]
+Objective = Literal["throughput", "latency", "devices"]
 
 ModelArgument = Annotated[
     str | None,
@@ -151,6 +135,5 @@ Utilization = Annotated[
         "--device-memory-utilization", rich_help_panel=WORK, help="Share of the memory to use; the rest is a reserve."
     ),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 Json = Annotated[bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print JSON instead of tables.")]
 Plot = Annotated[Path | None, typer.Option(rich_help_panel=OUTPUT, metavar="FILE", help="Draw a plot here, as SVG.")]

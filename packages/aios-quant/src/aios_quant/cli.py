@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from aios_model.command_line import run_command
+from aios_model.command_line import Revision, run_command
 from aios_model.errors import ConfigError
 from aios_quant.progress_bar import progress_bar
 from aios_quant.settings import GROUP_SIZES, QuantizeSettings
@@ -156,7 +156,7 @@ def quantize(
         Device.auto
     ),
     threads: ThreadsOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    revision: Revision = None,
     download_dir: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="For downloads, instead of the hub's cache.")
     ] = None,

@@ -7,6 +7,7 @@ In reading order:
     SchedulerConfig, Scheduler      which tokens run in the next step
     SchedulerOutput, ...            a step as plain data, and what came of it
     Executor, LocalExecutor         who runs a step
+    OverlappedExecutor              the same where the device computes on its own
     PackedBatch, ModelRunner        how a step runs: the only part that imports torch
     Engine                          the loop around it all, in which a request fails alone
     EngineStats, StatsListener      what it cost
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from aios_sched.executor import Executor, LocalExecutor, StepHandle, StepRunner
     from aios_sched.model_runner import ModelRunner
     from aios_sched.output import ScheduledRequest, SchedulerOutput, StepResult, TokenOutput
+    from aios_sched.overlapped_executor import LaunchingRunner, OverlappedExecutor
     from aios_sched.policy.base import WaitingQueue
     from aios_sched.policy.fair import FairQueue
     from aios_sched.policy.fcfs import FCFSQueue
@@ -55,6 +57,8 @@ _MODULES = {
     "SchedulerOutput": "output",
     "StepResult": "output",
     "TokenOutput": "output",
+    "LaunchingRunner": "overlapped_executor",
+    "OverlappedExecutor": "overlapped_executor",
     "WaitingQueue": "policy.base",
     "FairQueue": "policy.fair",
     "FCFSQueue": "policy.fcfs",
@@ -84,8 +88,10 @@ __all__ = [
     "FCFSQueue",
     "FairQueue",
     "FinishReason",
+    "LaunchingRunner",
     "LocalExecutor",
     "ModelRunner",
+    "OverlappedExecutor",
     "PackedBatch",
     "PrefixQueue",
     "PriorityQueue",

@@ -13,6 +13,8 @@ import torch
 
 from aios_kvcache.paged_cache import SequenceSlice
 from aios_model.sampling.drafted_rows import rows_with_drafts
+from aios_model.transfers import upload
+from aios_sched.output import PENDING_TOKEN
 
 if TYPE_CHECKING:
     from aios_model.sampling.rows import SamplingRow
@@ -31,6 +33,7 @@ class PackedBatch:
             that samples, and its drafts.
         sampling: How to draw for those S rows.
         has_drafts: Whether some requests have more than one of them.
+        pending: Places in T whose tokens are still being sampled, each with the request whose token belongs there.
     """
 
     tokens_T: torch.Tensor
@@ -38,6 +41,7 @@ class PackedBatch:
     sequences: list[SequenceSlice]
     sample_rows_S: torch.Tensor
     sampling: list[SamplingRow]
+    pending: list[tuple[int, str]]
     has_drafts: bool = False
 
 
@@ -49,8 +53,11 @@ def pack(output: SchedulerOutput, *, device: torch.device) -> PackedBatch:
     requests = output.requests
     rows: list[int] = []
     sampling: list[SamplingRow] = []
+    pending: list[tuple[int, str]] = []
     num_tokens, has_drafts = 0, False
     for request in requests:
+        if request.token_ids[0] == PENDING_TOKEN:
+            pending.append((num_tokens, request.request_id))
         num_tokens += len(request.token_ids)
         if request.num_drafts:
             has_drafts = True
@@ -63,10 +70,11 @@ def pack(output: SchedulerOutput, *, device: torch.device) -> PackedBatch:
     tokens = chain.from_iterable(request.token_ids for request in requests)
     positions = chain.from_iterable(range(r.start, r.start + len(r.token_ids)) for r in requests)
     return PackedBatch(
-        tokens_T=torch.tensor(list(tokens), dtype=torch.int64, device=device),
-        positions_T=torch.tensor(list(positions), dtype=torch.int64, device=device),
+        tokens_T=upload(list(tokens), dtype=torch.int64, device=device),
+        positions_T=upload(list(positions), dtype=torch.int64, device=device),
         sequences=[SequenceSlice(start=r.start, length=len(r.token_ids), block_table=r.block_table) for r in requests],
-        sample_rows_S=torch.tensor(rows, dtype=torch.int64, device=device),
+        sample_rows_S=upload(rows, dtype=torch.int64, device=device),
         sampling=sampling,
+        pending=pending,
         has_drafts=has_drafts,
     )

@@ -18,9 +18,9 @@ from rich.markup import escape
 from aios_model.command_line import run_command
 from aios_model.errors import AiosError, ConfigError
 from aios_sched import cli_options as options
-from aios_sched.cli_options import Routing
 
 if TYPE_CHECKING:
+    from aios_kvcache.page_trace import PageTrace
     from aios_sched.simulator.cost import CostModel
     from aios_sched.simulator.results import Objectives, Results
     from aios_sched.simulator.roofline_cost import RooflineCost
@@ -82,7 +82,7 @@ def simulate(
     max_num_queued_reqs: options.Queued = None,
     scheduling_policy: options.Policy = "fcfs",
     replicas: options.Replicas = 1,
-    routing: options.RoutingOption = Routing.prefix_affinity,
+    routing: options.Routing = "prefix-affinity",
     cost: options.Cost = None,
     device: options.Device = None,
     model: options.Model = None,
@@ -104,6 +104,9 @@ def simulate(
     timeline: options.TimelineOption = None,
     timeline_events: options.TimelineEvents = 200_000,
     timeline_plot: options.TimelinePlot = None,
+    page_map: options.PageMap = None,
+    page_trace: options.PageTraceOption = None,
+    page_events: options.PageEvents = 200_000,
 ) -> None:
     """Simulates TRACE and prints latencies, throughput, memory and the share of the time that devices are busy.
 
@@ -118,6 +121,8 @@ def simulate(
     made = make_trace(trace, requested)
     if timeline is None:
         _refuse(given, {"timeline_plot": None, "timeline_events": 200_000}, "--timeline")
+    if page_map is None and page_trace is None:
+        _refuse(given, {"page_events": 200_000}, "--page-map or --page-trace")
     costs = _cost_model(given)
     system = _system(given, costs)
     objectives = Objectives(ttft_s=slo_ttft, tpot_s=slo_tpot, e2e_s=slo_e2e)
@@ -138,13 +143,19 @@ def _simulate_once(
     from aios_sched.simulator.timeline_plot import timeline_plot
 
     path, plot = given["timeline"], given["plot"]
+    watches_pages = given["page_map"] is not None or given["page_trace"] is not None
     progress = Console(stderr=True).status("simulating…")
     recording = nullcontext() if path is None else Timeline(path, max_events=given["timeline_events"])
     started = time.perf_counter()
     with progress, recording as timeline:
         fleet = Fleet(
-            system, cost, timeline=timeline, on_progress=lambda done: progress.update(f"simulated {done:,} requests…")
+            system,
+            cost,
+            leap=not watches_pages,  # events are to have the times of their steps
+            timeline=timeline,
+            on_progress=lambda done: progress.update(f"simulated {done:,} requests…"),
         )
+        recorder = fleet.record_pages(max_events=given["page_events"]) if watches_pages else None
         results = fleet.run(trace)
     seconds = time.perf_counter() - started
     _check_any_finished(results)
@@ -160,7 +171,23 @@ def _simulate_once(
         _write(plot, results_plot(results))
     if path is not None and given["timeline_plot"] is not None:
         _write(given["timeline_plot"], timeline_plot(json.loads(path.read_text(encoding="utf-8"))))
+    if recorder is not None:
+        _write_pages(console, recorder.trace(), given)
     _write_json(given["json_path"], summary)
+
+
+def _write_pages(console: Console, trace: PageTrace, given: dict[str, Any]) -> None:
+    from aios_kvcache.page_map import draw_page_map
+
+    if trace.number:
+        console.print(
+            f"[yellow]the first {trace.number:,} events of pages were left out[/yellow]; {len(trace.records):,} are "
+            "kept (--page-events)"
+        )
+    if given["page_trace"] is not None:
+        trace.write(given["page_trace"])
+    if given["page_map"] is not None:
+        _write(given["page_map"], draw_page_map(trace))
 
 
 def _sweep(
@@ -176,8 +203,11 @@ def _sweep(
     from aios_sched.simulator.report import print_sweep
     from aios_sched.simulator.sweep import Sweep, meets, run_sweep
 
-    if given["timeline"] is not None:
-        raise ConfigError("--timeline shows one simulation, --sweep runs several: leave one of them out")
+    for name in ("timeline", "page_map", "page_trace"):
+        if given[name] is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} shows one simulation, --sweep runs several: leave one of them out"
+            )
     sweep, share = Sweep.parse(*values), given["slo_share"]
     asks_for_fleet = sweep.option == "replicas" and objectives.any
     with Console(stderr=True).status("simulating…") as status:
@@ -278,7 +308,7 @@ def _system(given: dict[str, Any], cost: CostModel) -> SystemConfig:
         max_num_queued=given["max_num_queued_reqs"],
         policy=given["scheduling_policy"],
         replicas=given["replicas"],
-        routing=given["routing"].value,
+        routing=given["routing"],
     )
 
 

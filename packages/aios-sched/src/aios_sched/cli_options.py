@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from aios_sched.routing.base import RoutingName
 
 LOAD = "Load"
 LENGTHS = "Lengths"
@@ -15,15 +16,6 @@ FLEET = "Fleet"
 TIMES = "Times of steps"
 QUESTION = "Questions"
 OUTPUT = "Output"
-
-
-class Routing(StrEnum):
-    """Values of --routing."""
-
-    prefix_affinity = "prefix-affinity"
-    least_loaded = "least-loaded"
-    session = "session"
-    round_robin = "round-robin"
 
 
 TraceArgument = Annotated[
@@ -125,9 +117,7 @@ Policy = Annotated[
     ),
 ]
 Replicas = Annotated[int, typer.Option(rich_help_panel=FLEET, min=1, help="Engines behind one router.")]
-RoutingOption = Annotated[
-    Routing, typer.Option("--routing", rich_help_panel=FLEET, help="Which of them gets a request.")
-]
+Routing = Annotated[RoutingName, typer.Option(rich_help_panel=FLEET, help="Which of them gets a request.")]
 Cost = Annotated[
     Path | None,
     typer.Option(
@@ -216,4 +206,27 @@ TimelineEvents = Annotated[
 TimelinePlot = Annotated[
     Path | None,
     typer.Option(rich_help_panel=OUTPUT, metavar="FILE", help="With --timeline: its beginning as SVG."),
+]
+PageMap = Annotated[
+    Path | None,
+    typer.Option(
+        rich_help_panel=OUTPUT,
+        metavar="FILE",
+        help="Whose each page was over time as SVG; of a fleet the first engine's.",
+    ),
+]
+PageTraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--page-trace",
+        rich_help_panel=OUTPUT,
+        metavar="FILE",
+        help="What happened to pages, event by event (JSON lines); of a fleet in the first engine.",
+    ),
+]
+PageEvents = Annotated[
+    int,
+    typer.Option(
+        rich_help_panel=OUTPUT, min=1, help="With --page-map or --page-trace: show the last so many events of pages."
+    ),
 ]

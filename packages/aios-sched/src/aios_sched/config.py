@@ -26,6 +26,8 @@ class SchedulerConfig:
             "maximal" what they may at most (nobody is ever preempted, few run at once), or "none".
         max_steps_in_flight: Steps that run side by side, one per stage of a pipeline: each takes its share of the
             requests that are being answered.
+        schedule_ahead: Plan a request's next token while the step that samples the one before it still computes; for
+            executors that take a step while one is on its way, and know `PENDING_TOKEN`.
 
     Raises:
         ConfigError: a limit is out of range, or contradicts another.
@@ -39,6 +41,7 @@ class SchedulerConfig:
     watermark: float = 0.01
     expected_output: Literal["estimated", "maximal", "none"] = "estimated"
     max_steps_in_flight: int = 1
+    schedule_ahead: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_steps_in_flight"):
@@ -51,6 +54,11 @@ class SchedulerConfig:
             raise ConfigError(f"expected_output={self.expected_output!r} cannot be used: choose {', '.join(choices)}")
         if not 0 <= self.watermark < 1:
             raise ConfigError(f"watermark={self.watermark} cannot be used: it is a share, at least 0 and below 1")
+        if self.schedule_ahead and self.max_steps_in_flight > 1:
+            raise ConfigError(
+                f"schedule_ahead cannot be used with max_steps_in_flight={self.max_steps_in_flight}: the stages of a "
+                "pipeline are kept busy with different requests; leave out one of the two"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}: a "

@@ -73,6 +73,8 @@ class Drafting:
         started = perf_counter()
         self.forget_those_who_left(scheduler)
         if self._num_failures >= MAX_FAILURES:
+            for request in scheduler.running:
+                request.awaits_drafts = False
             return 0.0
         requests, contexts = self._contexts(scheduler)
         if not contexts:
@@ -126,12 +128,11 @@ class Drafting:
         contexts: list[DraftContext] = []
         budget = scheduler.num_spare_tokens
         for request in scheduler.running:
-            if not budget:
-                break
-            if not _awaits_its_next_token(request):
-                continue
             self._controlled[request.request_id] = request
             wanted = self._controller.num_drafts(request.request_id, num_requests=scheduler.num_running)
+            request.awaits_drafts = wanted > 0
+            if not _awaits_its_next_token(request):
+                continue
             max_drafts = min(wanted, budget, _num_useful(request, max_model_len=scheduler.config.max_model_len))
             if max_drafts < 1:
                 continue

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class Engine:
         self._num_failed_steps = 0
         self._schedule_seconds = 0.0
         self._step_seconds = 0.0
+        self._last_returned = 0.0  # when the newest result came
 
     @property
     def has_unfinished(self) -> bool:
@@ -115,6 +116,11 @@ class Engine:
         self._step_seconds += perf_counter() - started
         self._tell_finished(outputs)
         return outputs
+
+    @property
+    def block_manager(self) -> BlockManager:
+        """The pages, for whoever watches them: `PageRecorder(engine.block_manager)`."""
+        return self._scheduler.block_manager
 
     def check(self) -> None:
         """Raises ExecutorLostError if no step can run any more; worth asking while there is nothing to do."""
@@ -185,6 +191,7 @@ class Engine:
 
     def _submit(self, step: _Step) -> None:
         self._in_flight.append(step)
+        step.submitted = perf_counter()
         try:
             step.handle = self._executor.submit(step.output)
         except ExecutorLostError:
@@ -202,8 +209,9 @@ class Engine:
             raise
         except Exception as error:
             return self._recover(step, error)
-        seconds = perf_counter() - step.submitted
         started = perf_counter()
+        seconds = started - self._beginning(step)
+        self._last_returned = started
         self._scheduler.note_step(step.output, seconds)
         outputs = self._scheduler.update(step.output, result)
         self._schedule_seconds += perf_counter() - started
@@ -211,6 +219,12 @@ class Engine:
             self._drafting.note(step.output, result, seconds=seconds, proposer_seconds=step.draft_seconds)
         self._tell_step(step.output, result, seconds)
         return outputs
+
+    def _beginning(self, step: _Step) -> float:
+        """When a step began: where one is launched while another computes, not before that one has returned."""
+        if self._scheduler.config.schedule_ahead:
+            return max(step.submitted, self._last_returned)
+        return step.submitted
 
     def _recover(self, failed: _Step, error: Exception) -> list[TokenOutput]:
         """Undoes a failed step, and all behind it: they were computed on top of it.
@@ -297,7 +311,7 @@ class _Step:
     output: SchedulerOutput
     is_rerun: bool
     draft_seconds: float = 0.0  # that went into its drafts beforehand
-    submitted: float = field(default_factory=perf_counter)
+    submitted: float = 0.0
     handle: StepHandle | None = None
     error: Exception | None = None  # of submitting it
 

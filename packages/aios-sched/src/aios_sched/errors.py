@@ -4,11 +4,13 @@
      ├─ QueueFullError         too many requests wait already; try again later
      ├─ SchedulingError        planning a step failed at one request
      ├─ StepResultError        a step came back without a token that it owed
+     ├─ PendingTokenError      a token was asked for that is still being computed
      ├─ ProposerError          whoever drafts tokens did not answer as asked
      └─ ExecutorLostError      what runs the steps is gone, and with it all keys and values
 
 Only QueueFullError reaches the caller of `Engine.add`. SchedulingError and StepResultError end one request each, with
-finish_reason "error"; ProposerError costs drafts only; ExecutorLostError ends the engine.
+finish_reason "error"; PendingTokenError fails a step, like any error of a model; ProposerError costs drafts only;
+ExecutorLostError ends the engine.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ class SchedulingError(AiosError):
 
 class StepResultError(AiosError):
     """A step came back without a token that it was asked to sample, or out of order."""
+
+
+class PendingTokenError(AiosError):
+    """A token was asked for on the host, or on a runner that does not have it, while a step still computes it."""
 
 
 class ProposerError(AiosError):

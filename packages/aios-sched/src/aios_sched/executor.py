@@ -79,9 +79,9 @@ class LocalExecutor:
     def submit(self, output: SchedulerOutput) -> StepHandle:
         """Runs the step; what it raises is kept for `result()`, where errors of every executor turn up."""
         try:
-            return _FinishedStep(self._runner.execute(output))
+            return FinishedStep(self._runner.execute(output))
         except Exception as error:
-            return _FailedStep(error)
+            return FailedStep(error)
 
     def check(self) -> None:
         """Steps run in this process: as long as somebody asks, they can."""
@@ -93,17 +93,23 @@ class LocalExecutor:
             close()
 
 
-class _FinishedStep:
+class FinishedStep:
+    """A step whose result is there."""
+
     def __init__(self, result: StepResult) -> None:
         self._result = result
 
     def result(self) -> StepResult:
+        """What came of it."""
         return self._result
 
 
-class _FailedStep:
+class FailedStep:
+    """A step that raised: `result` raises it again."""
+
     def __init__(self, error: Exception) -> None:
         self._error = error
 
     def result(self) -> StepResult:
+        """Raises."""
         raise self._error

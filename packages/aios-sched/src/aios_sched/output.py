@@ -17,13 +17,19 @@ if TYPE_CHECKING:
     from aios_sched.stats import RequestTiming
 
 
+PENDING_TOKEN = -1
+"""Stands for a token that a step on its way is about to sample: the runner has it before anybody else. No model has a
+token of this id, so a runner that does not know it fails instead of computing something else."""
+
+
 @dataclass(slots=True, kw_only=True)
 class ScheduledRequest:
     """One request's share of a step.
 
     Attributes:
         request_id: Whose.
-        token_ids: The tokens to compute: known ones, and behind them drafts.
+        token_ids: The tokens to compute: known ones, and behind them drafts; [PENDING_TOKEN] for the one that the
+            request's newest row samples, in a step that was submitted and has not returned.
         start: Position of the first of them; everything before it is in the pages already.
         block_table: Pages of the request, in order; they cover at least the tokens above. A copy: the table may
             change while the step is on its way.

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from aios_model.sampling.rows import SamplingRow
 from aios_sched.admission import Admission
+from aios_sched.ahead import may_run_ahead, row_ahead
 from aios_sched.errors import SchedulingError
 from aios_sched.output import ScheduledRequest
 from aios_sched.request import Request, RequestStatus
@@ -80,7 +81,7 @@ class StepPlanner:
         Raises:
             SchedulingError: planning failed at one request, which it names.
         """
-        plan = StepPlan(self._config.max_num_batched_tokens)
+        plan = StepPlan(self._config.max_num_batched_tokens, looks_ahead=self._config.schedule_ahead)
         try:
             self._plan_step(plan)
         except Exception as error:
@@ -97,7 +98,7 @@ class StepPlanner:
         """
         plan = StepPlan(self._config.max_num_batched_tokens)
         try:
-            if request.num_new_tokens and self._take_page(request):
+            if request.num_new_tokens > 0 and self._take_page(request):
                 self._take_tokens(request, plan)
         except Exception as error:
             raise SchedulingError(request.request_id, error) from error
@@ -109,7 +110,7 @@ class StepPlanner:
 
     def _plan_step(self, plan: StepPlan) -> None:
         """Drafts come last: they get the tokens and the pages that nobody else has use for."""
-        self._free_a_seat()
+        self._free_a_seat(plan)
         num_preemptions = self.num_preemptions
         prefills = self._plan_decodes(plan)
         # Pages that were just taken from someone are not for newcomers.
@@ -119,17 +120,21 @@ class StepPlanner:
         if self.has_drafts:
             self._plan_drafts(plan)
 
-    def _free_a_seat(self) -> None:
+    def _free_a_seat(self, plan: StepPlan) -> None:
         """Lets the policy give the seat of the least important request to the next one in line."""
         running = self.running
-        if len(running) < self._config.max_num_seqs or running[-1].num_in_flight_tokens:
+        if len(running) < self._config.max_num_seqs or (running[-1].num_in_flight_tokens and not plan.looks_ahead):
             return
         request, victim = self._waiting.peek(), running[-1]
         if request is None or request.importance() > victim.importance():
             return
-        if self._waiting.may_displace(request, victim):
-            del running[-1]
-            self._preempt(victim)
+        if not self._waiting.may_displace(request, victim):
+            return
+        if victim.num_in_flight_tokens:
+            plan.leaving = victim  # or it would be in flight whenever somebody looks
+            return
+        del running[-1]
+        self._preempt(victim)
 
     def _plan_decodes(self, plan: StepPlan) -> list[Request]:
         """Gives a place to every request with one token to compute; returns those with more.
@@ -146,11 +151,36 @@ class StepPlanner:
                 continue
             if num_new == 1:
                 plan.current = request
-                if len(plan.rows) < seats and self._take_page(request):
+                if len(plan.rows) >= seats:
+                    continue
+                if self._take_page(request):
                     self._take_tokens(request, plan)
-            elif num_new:  # 0: its next token is still on its way
+                else:
+                    plan.looks_ahead = False
+            elif num_new > 1:
                 prefills.append(request)
+            elif plan.looks_ahead and not num_new:  # its next token is still on its way
+                plan.current = request
+                self._plan_ahead(request, plan)
         return prefills
+
+    def _plan_ahead(self, request: Request, plan: StepPlan) -> None:
+        """Gives a place to the token that a step on its way is about to sample.
+
+        Nobody loses pages for a row that may turn out to be in vain: without a page the request waits for its token.
+        Nor is anybody behind it planned ahead then: those in flight cannot be preempted, and they would always be.
+        """
+        if request is plan.leaving or not may_run_ahead(request, max_model_len=self._config.max_model_len):
+            return
+        request_id, start = request.request_id, len(request.token_ids)
+        copies = self._block_manager.reserve(request_id, start=start, end=start + 1)
+        if copies is None:
+            plan.looks_ahead = False
+            return
+        self.block_copies += copies
+        plan.requests.append(request)
+        plan.rows.append(row_ahead(request, self._block_manager.block_table(request_id)))
+        plan.budget -= 1
 
     def _plan_prefills(self, prefills: list[Request], plan: StepPlan) -> None:
         """Continues prompts; they got all their pages when they were admitted. More important newcomers go first."""
@@ -297,16 +327,20 @@ class StepPlan:
         admits: Whether newcomers may come in.
         budget: Tokens that are left.
         current: Who is being planned, and to blame if that fails.
+        leaving: Whose seat is to go to somebody else, as soon as no step on its way needs its pages.
+        looks_ahead: Whether requests whose next token is on its way may have a place.
         requests: Those that have a place.
         rows: Their shares, in the same order.
     """
 
-    __slots__ = ("admits", "budget", "current", "requests", "rows")
+    __slots__ = ("admits", "budget", "current", "leaving", "looks_ahead", "requests", "rows")
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, *, looks_ahead: bool = False) -> None:
         self.admits = True
         self.budget = budget
         self.current: Request | None = None
+        self.leaving: Request | None = None
+        self.looks_ahead = looks_ahead
         self.requests: list[Request] = []
         self.rows: list[ScheduledRequest] = []
 

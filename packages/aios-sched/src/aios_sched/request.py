@@ -51,6 +51,7 @@ class Request:
         deadline: In seconds of `time.monotonic()`: unfinished then, it ends with finish_reason "timeout"; None waits
             as long as it takes.
         cache_salt: Only requests with the same salt share cached pages.
+        reads_output: Whether a logits processor looks at the tokens that were drawn: then it is never planned ahead.
 
     Attributes:
         token_ids: Prompt and output, in one list. Kept through preemption: outputs are never sampled twice.
@@ -58,6 +59,8 @@ class Request:
         num_computed_tokens: Tokens, from the first, whose keys and values are in the cache.
         num_in_flight_tokens: Tokens behind those, in steps that were submitted and have not returned. Drafts that go
             with them do not count.
+        num_in_flight_drafts: Those drafts.
+        awaits_drafts: Whether its next row is to have drafts, so that it is not planned ahead.
         draft_token_ids: Guesses of the tokens behind the known ones, for the next step to check; see `drafting.py`.
         num_cached_tokens: Tokens of the prompt that were found in the prefix cache when it first ran.
         stop_token_ids: The tokens that end this request.
@@ -66,6 +69,7 @@ class Request:
         rank: Given by the policy; with the order of arrival it says who is more important. Lower is more.
         num_preemptions: How often it lost its pages.
         has_lost_pages: Whether a page did not come back from a tier: once no step is on its way, it starts over.
+        reads_output: Whether the next draw needs the tokens drawn so far on the host, for that or for a penalty.
         use_tiers: Whether to look for its pages below the pool; not again after it lost some there.
         finish_reason: "stop", "length", "abort", "error" or "timeout" once finished.
         stop_reason: The id of `params.stop_token_ids` that ended it; None for end-of-sequence and other reasons.
@@ -74,6 +78,7 @@ class Request:
     __slots__ = (
         "arrival_order",
         "arrival_time",
+        "awaits_drafts",
         "cache_salt",
         "deadline",
         "draft_token_ids",
@@ -86,6 +91,7 @@ class Request:
         "max_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_in_flight_drafts",
         "num_in_flight_tokens",
         "num_preemptions",
         "output_token_ids",
@@ -93,6 +99,7 @@ class Request:
         "priority",
         "prompt_token_ids",
         "rank",
+        "reads_output",
         "request_id",
         "seed",
         "status",
@@ -116,6 +123,7 @@ class Request:
         cache_salt: str = "",
         tenant: str = DEFAULT_TENANT,
         deadline: float | None = None,
+        reads_output: bool = False,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = list(prompt_token_ids)
@@ -127,6 +135,7 @@ class Request:
         self.cache_salt = cache_salt
         self.tenant = tenant
         self.deadline = deadline
+        self.reads_output = reads_output or params.reads_output
         # Told to ignore the end of sequence, the model may write it like any other token.
         self.stop_token_ids = frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
 
@@ -134,6 +143,8 @@ class Request:
         self.token_ids = list(self.prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.draft_token_ids: list[int] = []
+        self.num_in_flight_drafts = 0
+        self.awaits_drafts = False
         self.num_computed_tokens = 0
         self.num_in_flight_tokens = 0
         self.num_cached_tokens = 0
@@ -156,7 +167,10 @@ class Request:
 
     @property
     def num_new_tokens(self) -> int:
-        """Known tokens that are neither computed nor being computed: what a step may take."""
+        """Known tokens that are neither computed nor being computed: what a step may take.
+
+        -1 while a token is being computed that is not known here, see `ahead.py`.
+        """
         return len(self.token_ids) - self.num_computed_tokens - self.num_in_flight_tokens
 
     def append_token(self, token_id: int) -> None:

@@ -6,6 +6,9 @@ promises, which property-based tests put to the proof:
 - *Several steps may be in flight.* Tokens in flight are not scheduled again; a request whose next token is unknown
   waits; the pages of a request in flight stay where they are, even if it is aborted, until its last step has returned.
 - *A step can be undone.* `rollback` restores the counters, and the step's tokens are scheduled again.
+
+A request may be one token ahead of what is known of it (`ahead.py`). If that token turns out to have been its last, the
+row behind it is that of a finished request, as of one aborted in flight: ignored, and no page of it is published.
 """
 
 from __future__ import annotations
@@ -170,7 +173,7 @@ class Scheduler:
     @property
     def num_spare_tokens(self) -> int:
         """Tokens that the next step has left for drafts, unless newcomers take them."""
-        wanted = sum(request.num_new_tokens for request in self._planner.running)
+        wanted = sum(max(0, request.num_new_tokens) for request in self._planner.running)
         return max(0, self.config.max_num_batched_tokens - wanted)
 
     def is_open(self, request: Request) -> bool:
@@ -213,6 +216,7 @@ class Scheduler:
         for request, row in zip(plan.requests, plan.rows, strict=True):
             num_row_tokens = len(row.token_ids)
             request.num_in_flight_tokens += num_row_tokens - row.num_drafts
+            request.num_in_flight_drafts += row.num_drafts
             num_tokens += num_row_tokens
             if request.draft_token_ids:  # those that had no place are of no use behind the token to come
                 request.draft_token_ids = []
@@ -259,6 +263,7 @@ class Scheduler:
         for row in output.requests:
             request = self._requests[row.request_id]
             request.num_in_flight_tokens -= len(row.token_ids) - row.num_drafts
+            request.num_in_flight_drafts -= row.num_drafts
             if request.status is RequestStatus.FINISHED:  # aborted while the step was on its way
                 self._release_unless_in_flight(request)
                 continue
@@ -283,6 +288,7 @@ class Scheduler:
         for row in output.requests:
             request = self._requests[row.request_id]
             request.num_in_flight_tokens -= len(row.token_ids) - row.num_drafts
+            request.num_in_flight_drafts -= row.num_drafts
             if request.status is RequestStatus.FINISHED:
                 self._release_unless_in_flight(request)
             elif row.num_drafts:

@@ -16,13 +16,16 @@ if TYPE_CHECKING:
 
     import torch
 
+    from aios_model.sampling.device_sampler import DeviceSampler
     from aios_model.sampling.rows import SampledToken
     from aios_model.sampling.sampler import Sampler
     from aios_sched.batch import PackedBatch
     from aios_sched.output import SchedulerOutput
 
 
-def draw(sampler: Sampler, logits_SV: torch.Tensor, batch: PackedBatch, output: SchedulerOutput) -> StepResult:
+def draw(
+    sampler: Sampler | DeviceSampler, logits_SV: torch.Tensor, batch: PackedBatch, output: SchedulerOutput
+) -> StepResult:
     """Draws the step's tokens.
 
     Args:
@@ -76,7 +79,7 @@ def _behind_right_drafts(drafts: Sequence[int], tokens: Sequence[SampledToken | 
 
 
 def _draw_or_drop_drafts(
-    sampler: Sampler, logits_SV: torch.Tensor, batch: PackedBatch, output: SchedulerOutput
+    sampler: Sampler | DeviceSampler, logits_SV: torch.Tensor, batch: PackedBatch, output: SchedulerOutput
 ) -> list[SampledToken | None]:
     """One token per row; None behind the drafts of requests for which some row could not be drawn from.
 

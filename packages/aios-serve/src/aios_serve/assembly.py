@@ -137,8 +137,18 @@ def tier_books(config: EngineConfig, plan: TierPlan | None, transfers: Sequence[
     return PageTiers(num_host_pages=plan.num_host_pages, num_disk_pages=plan.num_disk_pages, costs=costs)
 
 
-def scheduler_config(config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_stages: int = 1) -> SchedulerConfig:
-    """The limits that `config` asks for, or that suit the device."""
+def scheduler_config(
+    config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_stages: int = 1, schedule_ahead: bool = False
+) -> SchedulerConfig:
+    """The limits that `config` asks for, or that suit the device.
+
+    Args:
+        config: The options.
+        plan: The pool.
+        on_cpu: Whether the model computes on one.
+        num_stages: Stages of the pipeline.
+        schedule_ahead: Whether steps are launched before the one before them has returned.
+    """
     budget = config.max_num_batched_tokens
     if budget is None:
         budget = CPU_STEP_TOKENS if on_cpu else DEVICE_STEP_TOKENS
@@ -150,6 +160,7 @@ def scheduler_config(config: EngineConfig, plan: PoolPlan, *, on_cpu: bool, num_
         enable_chunked_prefill=config.enable_chunked_prefill,
         max_num_queued=config.max_num_queued_reqs,
         max_steps_in_flight=num_stages,
+        schedule_ahead=schedule_ahead,
     )
 
 

@@ -11,11 +11,14 @@ import time
 from aios_kvcache.sizing import PoolPlan
 from aios_model.host_memory import return_freed_memory
 from aios_model.model import weight_bytes
+from aios_model.sampling.device_sampler import DeviceSampler
+from aios_model.transfers import is_asynchronous
 from aios_model.weights.hub import ModelFiles
 from aios_parallel.expert_load import ExpertCounter
 from aios_sched.config import SchedulerConfig
 from aios_sched.executor import LocalExecutor
 from aios_sched.model_runner import ModelRunner
+from aios_sched.overlapped_executor import OverlappedExecutor
 from aios_serve.assembly import (
     BuiltEngine,
     assemble,
@@ -51,11 +54,16 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     part = ModelPart.load(config, files, progress=report)
     report("reserving the pool of pages", None)
     plan = part.plan()
-    limits = scheduler_config(config, plan, on_cpu=part.decoder.device.type == "cpu")
+    device = part.decoder.device
+    overlaps = is_asynchronous(device)
+    limits = scheduler_config(config, plan, on_cpu=device.type == "cpu", schedule_ahead=overlaps)
     model, pages, sampler = part.build(plan)
     tiers = tier_plan(config, page_bytes=plan.page_bytes)
     mover = None if tiers is None else part.open_tiers(pages, tiers)
-    executor = LocalExecutor(ModelRunner(model, pages, sampler, mover=mover))
+    if overlaps:
+        sampler = DeviceSampler(vocab_size=part.decoder.config.vocab_size, device=device)
+    runner = ModelRunner(model, pages, sampler, mover=mover)
+    executor = OverlappedExecutor(runner) if overlaps else LocalExecutor(runner)
     return_freed_memory()
     books = tier_books(config, tiers, [] if mover is None else [mover.measure()])
     drafting = make_drafting(config, vocab_size=executor.vocab_size)

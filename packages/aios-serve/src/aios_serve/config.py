@@ -16,6 +16,7 @@ from aios_model.errors import ConfigError
 from aios_model.native.cores import parse_cpu_list
 from aios_quant.schemes.registry import SCHEME_NAMES
 from aios_sched.policy.registry import PolicyName
+from aios_sched.routing.base import RoutingName
 from aios_sched.speculative.config import SpeculativeConfig
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -25,7 +26,6 @@ KVCachePolicy = Literal["paged", "contiguous"]
 KVCacheDType = Literal["auto", "float32", "bfloat16", "int8", "fp8", "fp8_e4m3"]
 PreemptionMode = Literal["auto", "recompute", "swap"]
 ExecutorBackend = Literal["auto", "mp", "torchrun", "ray"]
-RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -273,10 +273,7 @@ class EngineConfig:
                 f"a step must hold one token of each of max_num_seqs={self.max_num_seqs} requests; "
                 "raise it or lower max_num_seqs",
             )
-        if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
-            raise ConfigError(
-                "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
-            )
+        self._check_pool()
         if self.cpu_offload_gb and self.device == "cpu":
             raise _bad(
                 "cpu_offload_gb", self.cpu_offload_gb, "on the CPU weights are in host memory already; leave it out"
@@ -290,6 +287,22 @@ class EngineConfig:
                 raise _bad(name, getattr(self, name), f"it needs scheduling_policy={policy!r}")
         if self.expert_parallel and self.tensor_parallel == 1:
             raise _bad("expert_parallel", True, "experts are dealt out to the tensor_parallel ranks; ask for 2 or more")
+
+    def _check_pool(self) -> None:
+        pages, size, length = self.num_gpu_blocks_override, self.block_size, self.max_model_len
+        if pages is None:
+            return
+        if self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "kv_cache_memory_bytes and num_gpu_blocks_override both size the pool of pages; give one of them"
+            )
+        if self.kv_cache_policy == "paged" and length is not None and pages * size < length:
+            raise _bad(
+                "num_gpu_blocks_override",
+                pages,
+                f"one sequence of max_model_len={length} tokens needs {-(-length // size)} pages of {size} tokens, "
+                f"and these hold {pages * size} tokens; give as many pages, or lower max_model_len to {pages * size}",
+            )
 
     def _check_offloading(self) -> None:
         if not self.kv_offloading_size:

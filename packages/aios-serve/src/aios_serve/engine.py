@@ -28,6 +28,7 @@ from aios_serve.served_model import ServedModel
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from aios_kvcache.page_recorder import PageRecorder
     from aios_model.generation_config import GenerationDefaults
     from aios_model.tokenizer.tokenizer import Tokenizer
     from aios_parallel.expert_load import ExpertLoad
@@ -107,6 +108,21 @@ class InferenceEngine:
     def stats(self) -> EngineStats:
         """The engine's counters."""
         return self._port.stats()
+
+    def record_pages(self, *, max_events: int = 100_000) -> PageRecorder:
+        """Remembers what happens to KV pages from now on: who takes and shares them, what is found and evicted.
+
+            with engine.record_pages() as recorder:
+                engine.generate(prompts)
+            recorder.trace().write(Path("pages.jsonl"))
+
+        Args:
+            max_events: How many events to remember, the last ones; a few hundred bytes each.
+
+        Raises:
+            ConfigError: `max_events` is below 1.
+        """
+        return self._port.record_pages(max_events=max_events)
 
     def expert_load(self) -> ExpertLoad:
         """How many tokens each expert of a mixture was sent so far; empty for models without experts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aios_kvcache.page_recorder import PageRecorder
 from aios_sched.request import Request
 from aios_serve.messages import ChildOutput, Outputs
 
@@ -45,6 +46,10 @@ class EnginePort:
     def has_unfinished(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.has_unfinished
+
+    def record_pages(self, *, max_events: int) -> PageRecorder:
+        """Remembers what happens to KV pages from now on, the last `max_events` events."""
+        return PageRecorder(self._engine.block_manager, max_events=max_events)
 
     def add(self, message: AddRequest) -> None:
         """Queue every choice of a request.

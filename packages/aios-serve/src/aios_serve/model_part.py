@@ -14,6 +14,7 @@ from aios_kvcache.page_mover import PageMover
 from aios_kvcache.paged_cache import PagedKVCache
 from aios_kvcache.sizing import PoolPlan, available_memory, device_budget, plan_pool
 from aios_kvcache.tier_sizing import TierPlan, check_host_room
+from aios_model.config import ModelConfig
 from aios_model.config_file import read_model_config
 from aios_model.decoder import DecoderModel
 from aios_model.errors import ConfigError
@@ -79,10 +80,13 @@ class ModelPart:
         Raises:
             ModelError: The model cannot be read or run.
             ConfigError: An option cannot be honoured with this model or on this machine.
+            PoolTooSmallError: The options give the pool fewer bytes or pages than one sequence needs.
         """
         torch.set_num_threads(config.threads or default_threads())
         progress("choosing kernels", None)
         backend = choose_backend(config, files)
+        if not transforms:  # a rank knows what it holds of each page only when the model is cut
+            _check_pool(config, files, backend)
         offload = _prepare_offload(config, files, backend, num_neighbours, streaming)
         decoder = load_decoder(
             files,
@@ -115,17 +119,12 @@ class ModelPart:
         Raises:
             PoolTooSmallError: The memory does not hold one sequence of the length asked for.
         """
-        config, decoder = self.config, self.decoder
-        return plan_pool(
-            decoder.local_config,
-            dtype_bytes=decoder.dtype.itemsize,
-            bytes_per_token=self.backend.kv_bytes_per_token(decoder.local_config),
-            block_size=config.block_size,
-            max_num_seqs=config.max_num_seqs,
-            max_model_len=config.max_model_len,
+        return _plan_pool(
+            self.config,
+            self.backend,
+            self.decoder.local_config,
+            dtype=self.decoder.dtype,
             memory_bytes=self._pool_bytes(),
-            num_blocks=config.num_gpu_blocks_override,
-            policy=config.kv_cache_policy,
             available_bytes=self._available_bytes(),
         )
 
@@ -194,6 +193,38 @@ class ModelPart:
             return device_budget(free_bytes=free_bytes, total_bytes=total_bytes, device_memory_utilization=share)
         share = config.device_memory_utilization
         return None if share is None else int(self._available_bytes() * share)
+
+
+def _plan_pool(
+    config: EngineConfig,
+    backend: Backend,
+    model: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    memory_bytes: int | None,
+    available_bytes: int | None = None,
+) -> PoolPlan:
+    return plan_pool(
+        model,
+        dtype_bytes=dtype.itemsize,
+        bytes_per_token=backend.kv_bytes_per_token(model),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        memory_bytes=memory_bytes,
+        num_blocks=config.num_gpu_blocks_override,
+        policy=config.kv_cache_policy,
+        available_bytes=available_bytes,
+    )
+
+
+def _check_pool(config: EngineConfig, files: ModelFiles, backend: Backend) -> None:
+    """Refuses a pool whose size is given and too small, before weights are read, which may take minutes."""
+    if config.kv_cache_memory_bytes is None and config.num_gpu_blocks_override is None:
+        return
+    model = read_model_config(files, allow_quantized=True)
+    dtype = resolve_dtype(backend.dtype, model, resolve_device(config.device))
+    _plan_pool(config, backend, model, dtype=dtype, memory_bytes=config.kv_cache_memory_bytes)
 
 
 def _host_share(config: EngineConfig, num_neighbours: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aios_model.sampling.bad_words import resolve_bad_words
+    from aios_model.sampling.device_sampler import DeviceSampler, LaunchedSample
     from aios_model.sampling.drafted_rows import rows_with_drafts
     from aios_model.sampling.drawer import Drawer
     from aios_model.sampling.errors import NonFiniteLogitsError, NoTokenLeftError, SamplingError
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from aios_model.sampling.sampler import Sampler
 
 __all__ = [
+    "DeviceSampler",
     "Drawer",
+    "LaunchedSample",
     "LogitsProcessor",
     "NoTokenLeftError",
     "NonFiniteLogitsError",
@@ -36,7 +39,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "DeviceSampler": "device_sampler",
     "Drawer": "drawer",
+    "LaunchedSample": "device_sampler",
     "LogitsProcessor": "processors",
     "NoTokenLeftError": "errors",
     "NonFiniteLogitsError": "errors",

@@ -5,6 +5,7 @@ Shapes: R rows, V vocabulary, K alternatives reported.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +39,44 @@ def token_logprobs(logits_RV: Tensor, token_ids: Sequence[int], num_top: Sequenc
         TokenLogprobs(token_id=token_id, logprob=logprob, rank=place, top=top)
         for token_id, logprob, place, top in zip(token_ids, chosen, ranks, tops, strict=True)
     ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogprobTensors:
+    """What `token_logprobs` needs to know of R rows, on the device.
+
+    Attributes:
+        chosen_R: Log probability of the row's token.
+        ranks_R: Its place, int64.
+        top_ids_RK: The K likeliest tokens, int64.
+        top_logprobs_RK: Their log probabilities.
+    """
+
+    chosen_R: Tensor
+    ranks_R: Tensor
+    top_ids_RK: Tensor
+    top_logprobs_RK: Tensor
+
+    @classmethod
+    def of(cls, logits_RV: Tensor, token_ids_R: Tensor, *, num_top: int) -> LogprobTensors:
+        """Computes them without reading from the device: the same as `token_logprobs`, with a full sort.
+
+        Args:
+            logits_RV: The model's logits; not modified.
+            token_ids_R: int64, the tokens that were drawn.
+            num_top: K.
+        """
+        chosen_R1 = token_ids_R[:, None]
+        logprobs_RV = logits_RV.log_softmax(dim=-1)
+        top_ids_RK = torch.empty(len(logits_RV), 0, dtype=torch.int64, device=logits_RV.device)
+        if num_top:
+            top_ids_RK = rank(logits_RV, logits_RV.shape[1]).token_ids[:, :num_top]
+        return cls(
+            chosen_R=logprobs_RV.gather(1, chosen_R1)[:, 0],
+            ranks_R=_ranks(logits_RV, chosen_R1),
+            top_ids_RK=top_ids_RK,
+            top_logprobs_RK=logprobs_RV.gather(1, top_ids_RK),
+        )
 
 
 def _ranks(logits_RV: Tensor, chosen_R1: Tensor) -> Tensor:

@@ -134,6 +134,11 @@ class SamplingParams:
         )
 
     @property
+    def reads_output(self) -> bool:
+        """Whether the next draw depends on which tokens were drawn before, beyond what the model makes of them."""
+        return self.has_penalties or bool(self.bad_words_token_ids)
+
+    @property
     def needs_only_argmax(self) -> bool:
         """Whether argmax over the model's logits is all there is to do."""
         return self.is_greedy and self.logprobs is None and self.min_tokens == 0 and not self.changes_logits

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from aios_model.sampling.bad_words import BadWordMatcher
 from aios_model.sampling.history import TokenCounts
 from aios_model.sampling.params import MAX_LOGPROBS
+from aios_model.transfers import upload, upload_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +98,10 @@ class LogitsAdjuster:
             or (bool(self._processors) and any(processor.applies_to(row) for processor in self._processors))
         )
 
+    def may_ban(self, row: SamplingRow) -> bool:
+        """Whether bad words or min_tokens may exclude tokens in this step, so that nothing could be left."""
+        return bool(row.params.bad_words_token_ids) or len(row.output_token_ids) < row.params.min_tokens
+
     def adjust(self, logits_RV: Tensor, rows: Sequence[SamplingRow], *, with_bans: bool = True) -> None:
         """Changes logits in place, in vLLM's order.
 
@@ -147,7 +152,8 @@ class LogitsAdjuster:
             return
         flat, indices_I = logits_RV.view(-1), self._flat_indices(parts, logits_RV.device)
         allowed_I = flat[indices_I]
-        logits_RV[torch.tensor([index for index, _ in parts], device=logits_RV.device)] = -torch.inf
+        index_P = upload([index for index, _ in parts], dtype=torch.int64, device=logits_RV.device)
+        logits_RV.index_fill_(0, index_P, -torch.inf)
         flat[indices_I] = allowed_I
 
     def _ban(self, logits_RV: Tensor, rows: Sequence[SamplingRow], states: Sequence[_RequestState]) -> None:
@@ -192,8 +198,8 @@ class LogitsAdjuster:
         """Indices of (row, token ids) pairs into the flattened logits, int64 [I]."""
         token_ids = np.concatenate([part for _, part in parts])
         starts = np.repeat([index * self._vocab_size for index, _ in parts], [len(part) for _, part in parts])
-        return torch.from_numpy(token_ids + starts).to(device)
+        return upload_tensor(torch.from_numpy(token_ids + starts), device)
 
 
 def _to_tensor(values: NDArray[np.float64], like: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(dtype=like.dtype, device=like.device)
+    return upload_tensor(torch.from_numpy(values).to(like.dtype), like.device)

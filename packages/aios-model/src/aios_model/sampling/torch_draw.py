@@ -13,10 +13,11 @@ import torch
 from aios_model.sampling.drawer import require_finite
 from aios_model.sampling.noise import row_keys
 from aios_model.sampling.ranking import top_token
-from aios_model.sampling.truncation import Truncation, draw, draw_truncated, mask_min_p
+from aios_model.sampling.truncation import Truncation, draw, draw_sorted, draw_truncated, mask_min_p
+from aios_model.transfers import upload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -58,20 +59,44 @@ class TorchDrawer:
         return list(chosen.values())
 
     @torch.inference_mode()
+    def launch(self, logits_SV: Tensor, rows: Sequence[SamplingRow]) -> tuple[Tensor, Tensor]:
+        """Draws one token for every row, the same as `draw`, and reads nothing from the device.
+
+        Returns:
+            Token ids, int64 [S], and each row's largest logit, [S]: what `require_finite` wants to see.
+        """
+        token_ids_S, largest_S = top_token(logits_SV)
+        random = {index: row for index, row in enumerate(rows) if not row.params.is_greedy}
+        for index_R, token_ids_R in self._draws(logits_SV, largest_S, random, truncated=draw_sorted):
+            token_ids_S.index_copy_(0, index_R, token_ids_R)
+        return token_ids_S, largest_S
+
+    @torch.inference_mode()
     def _draw_random(self, logits_SV: Tensor, largest_S: Tensor, rows: dict[int, SamplingRow]) -> dict[int, int]:
         """Token ids of rows with a temperature, by their index in the logits."""
         chosen: dict[int, int] = {}
+        for index_R, token_ids_R in self._draws(logits_SV, largest_S, rows, truncated=draw_truncated):
+            chosen.update(zip(index_R.tolist(), token_ids_R.tolist(), strict=True))
+        return chosen
+
+    def _draws(
+        self,
+        logits_SV: Tensor,
+        largest_S: Tensor,
+        rows: dict[int, SamplingRow],
+        *,
+        truncated: Callable[[Tensor, Tensor, Truncation], Tensor],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of rows with a temperature: their indices in the logits, and their tokens, int64 [R] each."""
         for is_truncated in (False, True):
             indices = [index for index, row in rows.items() if self._is_truncated(row) == is_truncated]
             for block in self._blocks(indices):
                 part, index_R = [rows[index] for index in block], self._column(block, torch.int64)
                 log_weights_RV = self._log_weights(logits_SV[index_R], largest_S[index_R], part)
                 if is_truncated:
-                    token_ids_R = draw_truncated(log_weights_RV, self._keys(part), self._truncation(part))
+                    yield index_R, truncated(log_weights_RV, self._keys(part), self._truncation(part))
                 else:
-                    token_ids_R = draw(log_weights_RV, self._keys(part))
-                chosen.update(zip(block, token_ids_R.tolist(), strict=True))
-        return chosen
+                    yield index_R, draw(log_weights_RV, self._keys(part))
 
     def _blocks(self, indices: Sequence[int]) -> Iterator[Sequence[int]]:
         step = rows_per_block(self._vocab_size, self._device)
@@ -106,4 +131,4 @@ class TorchDrawer:
         return row_keys(seeds_R, self._column([row.position for row in rows], torch.int64))
 
     def _column(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+        return upload(values, dtype=dtype, device=self._device)

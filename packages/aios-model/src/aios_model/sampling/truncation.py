@@ -87,6 +87,19 @@ def draw_truncated(log_weights_RV: Tensor, keys_R2: Tensor, truncation: Truncati
     return token_ids_R
 
 
+def draw_sorted(log_weights_RV: Tensor, keys_R2: Tensor, truncation: Truncation) -> Tensor:
+    """The same tokens as `draw_truncated`, from a full sort: more work, but nothing is read from the device meanwhile.
+
+    Returns:
+        Token ids, int64 [R].
+    """
+    unbounded_R = truncation.top_k >= log_weights_RV.shape[1]
+    totals_R = torch.where(unbounded_R, _sums(log_weights_RV), 0.0)
+    ranking = rank(log_weights_RV, log_weights_RV.shape[1])
+    num_kept_R, _ = _cut(ranking, truncation, totals_R)
+    return _draw_ranked(ranking, num_kept_R, keys_R2)
+
+
 def _rows(x_RV: Tensor, index: Tensor) -> Tensor:
     return x_RV if len(index) == len(x_RV) else x_RV[index]
 
@@ -108,15 +121,22 @@ def _widths(vocab_size: int, truncation: Truncation) -> Iterator[int]:
 def _totals(log_weights_RV: Tensor, truncation: Truncation) -> Tensor:
     """Sum of exp(log weight) over each row whose top-k is off, against which its top-p is measured; 0 for the others.
 
-    Float64 [R]. By way of softmax, which sums every row in one order; torch.sum splits a row over threads when it is
-    alone, and then differs in the last bit.
+    Float64 [R].
     """
     unbounded_R = truncation.top_k >= log_weights_RV.shape[1]
     totals_R = torch.zeros_like(truncation.top_p)
     if unbounded_R.any():
-        largest_R = _rows(log_weights_RV, unbounded_R.nonzero()[:, 0]).softmax(dim=-1).amax(dim=-1)
-        totals_R[unbounded_R] = largest_R.to(torch.float64).reciprocal()
+        totals_R[unbounded_R] = _sums(_rows(log_weights_RV, unbounded_R.nonzero()[:, 0]))
     return totals_R
+
+
+def _sums(log_weights_RV: Tensor) -> Tensor:
+    """Sum of exp(log weight) over each row, float64 [R].
+
+    By way of softmax, which sums every row in one order; torch.sum splits a row over threads when it is alone, and then
+    differs in the last bit.
+    """
+    return log_weights_RV.softmax(dim=-1).amax(dim=-1).to(torch.float64).reciprocal()
 
 
 def _cut(ranking: Ranking, truncation: Truncation, totals_R: Tensor) -> tuple[Tensor, Tensor]:

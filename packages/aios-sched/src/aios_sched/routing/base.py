@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+RoutingName = Literal["prefix-affinity", "least-loaded", "session", "round-robin"]
+"""Policies by the names that options use; `router.ROUTING_POLICIES` has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

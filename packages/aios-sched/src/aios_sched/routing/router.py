@@ -23,7 +23,7 @@ ROUTING_POLICIES: dict[str, Callable[[ReplicaLoads], RoutingPolicy]] = {
     "session": SessionAffinity,
     "round-robin": RoundRobin,
 }
-"""Policies by the names that options use."""
+"""Policies by the names that options use; those are the values of `base.RoutingName`."""
 
 EXPECTED_OUTPUT_TOKENS = 256
 """Most tokens that an output is expected to have: limits are set generously, and seldom reached."""

@@ -6,7 +6,8 @@ from heapq import heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
-from aios_model.errors import InvalidRequestError
+from aios_kvcache.page_recorder import PageRecorder
+from aios_model.errors import ConfigError, InvalidRequestError
 from aios_sched.errors import QueueFullError
 from aios_sched.routing.base import RoutedRequest
 from aios_sched.simulator.cost import FEMTOSECONDS
@@ -48,6 +49,7 @@ class Fleet:
     ) -> None:
         self._now = 0
         self._cost = cost
+        self._leap = leap
         self._system = system
         self._timeline = timeline
         self._on_progress = on_progress
@@ -77,6 +79,20 @@ class Fleet:
                 self._end_step(self.replicas[number], trace, results)
         results.close(self._now, self.replicas)
         return results
+
+    def record_pages(self, replica: int = 0, *, max_events: int = 200_000) -> PageRecorder:
+        """Remembers what happens to a replica's pages, in simulated seconds; to be called before `run`.
+
+        Args:
+            replica: Its number.
+            max_events: How many events to remember, the last ones.
+
+        Raises:
+            ConfigError: The fleet leaps: then pages are taken and published for many steps at once.
+        """
+        if self._leap:
+            raise ConfigError("a fleet that leaps over steps cannot tell when pages changed; make it with leap=False")
+        return PageRecorder(self.replicas[replica].scheduler.block_manager, max_events=max_events, clock=self._clock)
 
     def _clock(self) -> float:
         return self._now / FEMTOSECONDS

@@ -119,8 +119,8 @@ def _figures(summary: dict[str, Any]) -> Table:
     table.add_row(
         "pages",
         f"{memory['used_share']:.1%} of {memory['pages']:,} in use; slots wasted: "
-        f"{memory['wasted_share_of_pool']:.2%} of the pool, {memory['wasted_share_of_reserved']:.2%} of what is taken "
-        f"(contiguous reservations would waste {memory['contiguous_wasted_share_of_reserved']:.1%})",
+        f"{memory['wasted_share_of_reserved']:.2%} of what is taken (contiguous reservations would waste "
+        f"{memory['contiguous_wasted_share_of_reserved']:.1%}), {memory['wasted_share_of_pool']:.2%} of the pool",
     )
     table.add_row(
         "prefix cache",
