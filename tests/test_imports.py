@@ -55,7 +55,14 @@ TENSOR_MODULES = {
         "pool_memory",
         "stored_heads",
     ),
-    "aios_sched": ("batch", "model_runner", "newest_tokens"),
+    "aios_sched": (
+        "batch",
+        "model_runner",
+        "newest_tokens",
+        "speculative.draft_model",
+        "speculative.early_exit",
+        "speculative.rejection",
+    ),
     "aios_parallel": (
         "offload.device",
         "offload.streaming",

@@ -60,9 +60,13 @@ from aios_sched.planner import StepPlanner
 from aios_sched.policy.registry import PolicyName, make_policy
 from aios_sched.request import Request, RequestStatus
 from aios_sched.scheduler import Scheduler
-from aios_sched.speculative.base import DraftContext, Proposer
+from aios_sched.speculative.base import DraftContext, DraftController, Proposer
+from aios_sched.speculative.controller import AdaptiveController
+from aios_sched.speculative.draft_model import DraftModelProposer
+from aios_sched.speculative.early_exit import early_exit
 from aios_sched.speculative.fixed import FixedController
 from aios_sched.speculative.ngram import NgramProposer
+from aios_sched.speculative.suffix import SuffixProposer
 
 VOCAB_SIZE, MAX_MODEL_LEN, EOS = 200, 48, 0
 DEADLINES = 1e12  # the far future: the case says when it has come
@@ -194,6 +198,19 @@ class ErringOracle:
 
     def close(self) -> None:
         pass
+
+
+class RepeatableController(AdaptiveController):
+    """Decides by times that depend on the step alone, so that a case can be run again."""
+
+    def note_step(self, *, num_requests, num_tokens, num_drafts, seconds, proposer_seconds) -> None:
+        super().note_step(
+            num_requests=num_requests,
+            num_tokens=num_tokens,
+            num_drafts=num_drafts,
+            seconds=0.01 + 0.0005 * num_tokens,
+            proposer_seconds=0.0001,
+        )
 
 
 class MoodyController(FixedController):
@@ -368,6 +385,7 @@ class Case:
             assert given == expected, f"request {request_id} gave {given}, alone {expected}"
             assert all(map(_agree, tokens, wanted)), f"request {request_id} has log probabilities of something else"
         assert self.engine.stats().kv_cache_usage == 0, "pages leaked"
+        assert self.drafting is None or not self.drafting._num_failures, "a proposer failed"
 
     def _engine(self) -> Engine:
         rng, decoder = self.rng, model().decoder
@@ -408,17 +426,49 @@ class Case:
         return Engine(scheduler, executor, drafting=self.drafting)
 
     def _drafting(self) -> Drafting | None:
-        kind = self.rng.choice(["none", "none", "ngram", "oracle", "oracle", "garbage"])
+        kind = self.rng.choice(["none", "ngram", "suffix", "model", "exit", "oracle", "oracle", "garbage"])
         proposer: Proposer
         if kind == "none":
             return None
         if kind == "ngram":
             low = self.rng.randint(1, 3)
             proposer = NgramProposer(min_ngram=low, max_ngram=low + self.rng.randint(0, 3))
+        elif kind == "suffix":
+            proposer = SuffixProposer(
+                min_match=self.rng.randint(1, 3),
+                max_request_tokens=self.rng.choice([128, 1000]),
+                max_store_tokens=self.rng.choice([0, 30, 1000]),
+                max_new_tokens=self.rng.choice([1, 10, 500]),
+            )
+        elif kind in ("model", "exit"):
+            proposer = self._draft_model(early_exit(model().decoder, num_layers=1) if kind == "exit" else None)
         else:
             proposer = ErringOracle(self, error_rate=1.0 if kind == "garbage" else self.rng.choice([0, 0.1, 0.4]))
-        controller = MoodyController(self.rng, share=self.rng.choice([0.1, 0.5, 1.0]))
+        controller: DraftController = MoodyController(self.rng, share=self.rng.choice([0.1, 0.5, 1.0]))
+        if self.rng.random() < 0.3:
+            controller = RepeatableController(max_drafts=self.rng.randint(1, 8))
         return Drafting(proposer, controller, vocab_size=VOCAB_SIZE)
+
+    def _draft_model(self, shallow: DecoderModel | None) -> DraftModelProposer:
+        """The target itself or what it is given, on few pages or many."""
+        decoder = shallow or model().decoder
+        size = self.rng.choice([1, 3, 8])
+        num_blocks = self.rng.choice([1, 1, 2, 5]) * -(-MAX_MODEL_LEN // size)
+        return DraftModelProposer(
+            decoder,
+            PagedKVCache(
+                decoder.config, num_blocks=num_blocks, block_size=size, dtype=decoder.dtype, device=decoder.device
+            ),
+            BlockManager(num_blocks=num_blocks, block_size=size),
+            Sampler(
+                vocab_size=VOCAB_SIZE,
+                device=decoder.device,
+                logits_processors=self.rng.choice([[], [Grammar()]]),
+            ),
+            context_length=self.rng.choice([20, MAX_MODEL_LEN]),
+            max_chunk_tokens=self.rng.choice([1, 7, 100]),
+            is_greedy=self.rng.random() < 0.2,
+        )
 
     def _tiers(self, longest: int) -> TierPlan:
         """Small ones, so that pages move on and are dropped."""
