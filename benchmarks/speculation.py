@@ -104,7 +104,8 @@ def _arguments() -> Any:
     parser.add_argument(
         "--config",
         type=json.loads,
-        default={"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2},
+        # Without the store: it would know each answer from the pair before.
+        default={"method": "suffix", "suffix_store_tokens": 0},
     )
     return parser.parse_args()
 

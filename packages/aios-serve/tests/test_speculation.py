@@ -19,7 +19,13 @@ pytestmark = [
 ]
 
 LENGTH = 40
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 5,
+    "adaptive": False,  # many drafts, whether they pay or not
+    "prompt_lookup_max": 4,
+    "prompt_lookup_min": 1,
+}
 WAYS = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 0.9, "top_p": 0.95, "top_k": 40, "seed": 3},
@@ -103,6 +109,14 @@ def test_every_way_of_sampling_gives_what_it_gives_without_drafts(options) -> No
     assert stats.num_steps < stats.generation_tokens
     assert stats.kv_cache_usage == 0.0
     assert (stats.num_preemptions > 0) == ("num_gpu_blocks_override" in options)
+
+
+def test_suffixes_in_adaptive_numbers_change_nothing() -> None:
+    with build(speculative={"method": "suffix", "suffix_min_match": 1}) as engine:
+        check(run(engine))
+        stats = engine.stats()
+    assert stats.num_draft_tokens > 0
+    assert stats.kv_cache_usage == 0.0
 
 
 def test_random_drafts_change_nothing(monkeypatch) -> None:

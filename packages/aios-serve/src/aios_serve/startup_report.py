@@ -91,7 +91,8 @@ def ready_lines(engine: AsyncEngine, address: Address, *, needs_key: bool, forma
     if formats:
         yield f"  answers   {formats}"
     if (drafts := config.speculative) is not None:
-        yield f"  drafts    {drafts.method}, up to {drafts.num_speculative_tokens} tokens of a request in a step"
+        count = f"{'up to' if drafts.adaptive else 'always'} {drafts.num_speculative_tokens}"
+        yield f"  drafts    {drafts.method}, {count} tokens of a request in a step"
     yield f"  endpoint  {address.url}/v1" + (" (needs an API key)" if needs_key else "")
     yield "try it:"
     yield f"  {curl_example(engine, address, needs_key=needs_key)}"

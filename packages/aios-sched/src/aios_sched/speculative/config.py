@@ -11,6 +11,7 @@ from aios_model.errors import ConfigError
 
 METHODS: dict[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
+    "suffix": ("suffix_min_match", "suffix_min_probability", "suffix_store_tokens"),
 }
 """Who drafts, and the options that each method has beside those of all methods."""
 
@@ -18,6 +19,7 @@ MAX_DRAFTS = 32
 """Most drafts of a request in one step. More are never right, and the sampler remembers no further back."""
 
 _MAX_NGRAM = 32
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,19 +27,28 @@ class SpeculativeConfig:
     """Who guesses tokens ahead, and how many. The output is the same with every setting.
 
     Attributes:
-        method: "ngram" looks for what followed the last tokens when they occurred before.
+        method: "ngram" looks for what followed the last tokens when they occurred before; "suffix" does so with matches
+            of any length, in recent outputs of the same salt, too.
         num_speculative_tokens: Drafts per request and step, at most.
+        adaptive: Whether as many are made as are worth their time, down to none; else always that many.
         prompt_lookup_max: "ngram": most tokens to look for; None is 4, or `prompt_lookup_min` if that is more.
         prompt_lookup_min: "ngram": fewest tokens to look for; None is 2, or `prompt_lookup_max` if that is less.
+        suffix_min_match: "suffix": shortest match, in tokens; None is 2.
+        suffix_min_probability: "suffix": drafts end where all of them together are believed less; None is 0.25.
+        suffix_store_tokens: "suffix": tokens of recent outputs to keep, 0 for none; None is 262,144.
 
     Raises:
         ConfigError: A method that does not exist, an option that the method does not have, or a value out of range.
     """
 
     method: str
-    num_speculative_tokens: int = 4
+    num_speculative_tokens: int = 8
+    adaptive: bool = True
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
+    suffix_min_match: int | None = None
+    suffix_min_probability: float | None = None
+    suffix_store_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
@@ -52,6 +63,7 @@ class SpeculativeConfig:
                 low,
                 f"it must be at least 1 and at most prompt_lookup_max={high}, which goes up to {_MAX_NGRAM}",
             )
+        self._check_suffix_options()
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> SpeculativeConfig:
@@ -85,13 +97,31 @@ class SpeculativeConfig:
         return cls.from_mapping(options)
 
     def _check_options(self) -> None:
-        """Whether the method has them, and whether they are numbers."""
+        """Whether the method has them, and whether they are what they should be."""
         for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if type(value) not in (get_args(hint) or (hint,)):
-                raise _bad(name, value, "it must be a whole number")
+            value, types = getattr(self, name), get_args(hint) or (hint,)
+            if type(value) not in types and not (type(value) is int and float in types):
+                raise _bad(name, value, f"it must be {next(_KINDS[kind] for kind in types if kind in _KINDS)}")
             if value is not None and name not in _options(self.method):
                 raise _bad(name, value, f"it is no option of method {self.method!r}; {_what_there_is(self.method)}")
+
+    def _check_suffix_options(self) -> None:
+        if self.suffix_min_match is not None and self.suffix_min_match < 1:
+            raise _bad("suffix_min_match", self.suffix_min_match, "it must be at least 1")
+        if self.suffix_min_probability is not None and not 0.0 < self.suffix_min_probability <= 1.0:
+            raise _bad("suffix_min_probability", self.suffix_min_probability, "it must be above 0 and at most 1")
+        if self.suffix_store_tokens is not None and self.suffix_store_tokens < 0:
+            raise _bad("suffix_store_tokens", self.suffix_store_tokens, "it must be 0 or more")
+
+    @property
+    def suffix_options(self) -> dict[str, float]:
+        """What "suffix" was given, in the words of `SuffixProposer`."""
+        options = {
+            "min_match": self.suffix_min_match,
+            "min_probability": self.suffix_min_probability,
+            "max_store_tokens": self.suffix_store_tokens,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
     @property
     def ngram_sizes(self) -> tuple[int, int]:
@@ -103,7 +133,7 @@ class SpeculativeConfig:
 
 
 def _options(method: str) -> tuple[str, ...]:
-    return ("method", "num_speculative_tokens", *METHODS[method])
+    return ("method", "num_speculative_tokens", "adaptive", *METHODS[method])
 
 
 def _what_there_is(method: object) -> str:

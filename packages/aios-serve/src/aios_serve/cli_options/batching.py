@@ -60,6 +60,6 @@ SpeculativeConfig = Annotated[
         metavar="JSON",
         show_default="none",
         help="Guess tokens ahead and check them together, for the same output in fewer steps, such as "
-        '\'{"method": "ngram", "num_speculative_tokens": 4}\'.',
+        '\'{"method": "suffix"}\'.',
     ),
 ]
