@@ -782,13 +782,12 @@ def wrong_drafts_are_accepted() -> Iterator[None]:
         right = next((place for place, draft in enumerate(drafts) if tokens[place].token_id != draft), len(drafts))
         return [token for token in tokens[1 : right + 2] if token is not None]
 
-    with patch("aios_sched.verification._behind_right_drafts", broken), patch("aios_sched.scheduler._drawn", _trusting):
+    def trusting(row, sampled, result):
+        return result.further.get(row.request_id, ())
+
+    checked = patch("aios_sched.scheduler._drawn_behind_drafts", trusting)
+    with patch("aios_sched.verification._behind_right_drafts", broken), checked:
         yield
-
-
-def _trusting(row, result):
-    sampled = result.sampled.get(row.request_id)
-    return [sampled, *result.further.get(row.request_id, ())][: row.num_drafts + 1]
 
 
 PLANTED: dict[str, Callable] = {

@@ -215,9 +215,11 @@ class Scheduler:
         num_tokens = 0
         for request, row in zip(plan.requests, plan.rows, strict=True):
             num_row_tokens = len(row.token_ids)
-            request.num_in_flight_tokens += num_row_tokens - row.num_drafts
-            request.num_in_flight_drafts += row.num_drafts
+            request.num_in_flight_tokens += num_row_tokens
             num_tokens += num_row_tokens
+            if row.num_drafts:
+                request.num_in_flight_tokens -= row.num_drafts
+                request.num_in_flight_drafts += row.num_drafts
             if request.draft_token_ids:  # those that had no place are of no use behind the token to come
                 request.draft_token_ids = []
         tiers = self.block_manager.tiers
@@ -262,8 +264,10 @@ class Scheduler:
             self._requests[request_id].has_lost_pages = self._has_losses = True
         for row in output.requests:
             request = self._requests[row.request_id]
-            request.num_in_flight_tokens -= len(row.token_ids) - row.num_drafts
-            request.num_in_flight_drafts -= row.num_drafts
+            request.num_in_flight_tokens -= len(row.token_ids)
+            if row.num_drafts:
+                request.num_in_flight_tokens += row.num_drafts
+                request.num_in_flight_drafts -= row.num_drafts
             if request.status is RequestStatus.FINISHED:  # aborted while the step was on its way
                 self._release_unless_in_flight(request)
                 continue
@@ -322,17 +326,19 @@ class Scheduler:
             raise StepResultError(
                 f"step for position {row.start} applied at {request.num_computed_tokens}; apply steps in their order"
             )
-        first, *further = _drawn(row, result)
-        self._count_computed(request, row.num_known_tokens)
-        if first is None:
+        sampled = result.sampled.get(row.request_id) if row.sampling is not None else None
+        if row.sampling is not None and sampled is None:
+            raise StepResultError("the step returned no token for this request")
+        further = _drawn_behind_drafts(row, sampled, result) if row.num_drafts and sampled is not None else ()
+        self._count_computed(request, len(row.token_ids) - row.num_drafts)
+        if sampled is None:
             return None
-        token_output = self._append(request, first)
-        for sampled in further:
+        token_output = self._append(request, sampled)
+        for token in further:
             if token_output.finish_reason is not None:
                 break
-            assert sampled is not None
             self._count_computed(request, 1)
-            token_output.extend(self._append(request, sampled))
+            token_output.extend(self._append(request, token))
         if row.num_drafts and token_output.finish_reason is None:
             self.block_manager.truncate(request.request_id, request.num_computed_tokens)
         return token_output
@@ -402,21 +408,15 @@ class Scheduler:
         running[:] = [request for request in running if request.status is RequestStatus.RUNNING]
 
 
-def _drawn(row: ScheduledRequest, result: StepResult) -> list[SampledToken | None]:
-    """What was drawn behind the row's known tokens, and behind the drafts that were right.
+def _drawn_behind_drafts(row: ScheduledRequest, sampled: SampledToken, result: StepResult) -> Sequence[SampledToken]:
+    """What was drawn behind the drafts that were right: those that are what was drawn in their place.
 
     Raises:
-        StepResultError: Nothing was, or something was behind a draft that is not what was drawn in its place.
+        StepResultError: Something was drawn behind another draft.
     """
-    if row.sampling is None:
-        return [None]
-    sampled = result.sampled.get(row.request_id)
-    if sampled is None:
-        raise StepResultError("the step returned no token for this request")
-    if not row.num_drafts or (further := result.further.get(row.request_id)) is None:
-        return [sampled]
+    further = result.further.get(row.request_id, [])
     drafts = row.token_ids[row.num_known_tokens :]
     accepted = [sampled.token_id, *(token.token_id for token in further[:-1])]
-    if len(further) > len(drafts) or accepted != drafts[: len(further)]:
+    if len(further) > len(drafts) or accepted[: len(further)] != drafts[: len(further)]:
         raise StepResultError(f"the step took {accepted} for the drafts {drafts}")
-    return [sampled, *further]
+    return further
