@@ -179,11 +179,28 @@ def test_same_times_give_the_same_decisions():
 
 
 def test_probing_stays_within_its_share():
+    num_steps = 4000
     simulation = Simulation(line(CPU), draft_model, lambda name, at: (0.0, 0.0), num_requests=1, length=10**6)
-    simulation.run(2000)
-    trace = simulation.controller.trace
-    lost = sum(each.proposer_seconds for each in trace if each.kind == "probe")
-    assert 0 < lost < 0.0085 * sum(each.seconds for each in trace)
+    simulation.run(num_steps)
+    lost = sum(each.proposer_seconds for each in simulation.controller.trace if each.kind == "probe")
+    assert 0 < lost < 0.0085 * num_steps * line(CPU)(1)
+
+
+def test_a_decision_not_to_draft_is_kept_for_some_steps():
+    simulation = Simulation(line(CPU), draft_model, lambda name, at: (0.0, 0.0), num_requests=3, length=10**6)
+    simulation.run(1000)
+    controller = simulation.controller
+    assert len(controller.trace) < 1000 / 4, "every step was thought about"
+    while not controller._rest:
+        simulation._step(0)
+    assert controller.num_drafts("0", num_requests=3) == 0
+    assert controller._rest, "nothing has changed"
+    controller.num_drafts("0", num_requests=4)
+    assert not controller._rest, "more requests run"
+    while not controller._rest:
+        simulation._step(0)
+    controller.num_drafts("somebody new", num_requests=3)
+    assert not controller._rest, "it may have drafts"
 
 
 def test_first_steps_and_prompts_run_without_drafts():

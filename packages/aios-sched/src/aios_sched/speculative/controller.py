@@ -13,18 +13,19 @@ Estimates may be wrong, so three things bound what that can cost:
     plain steps   now and then a step runs without drafts, so that it stays known what they save: the less that is, the
                   more often
 
+Deciding takes time, too: a decision not to draft is kept for some steps.
+
 Plain Python; given the same times, it decides the same.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Literal
 
 from aios_model.errors import ConfigError
 from aios_sched.speculative.acceptance import Acceptance
 from aios_sched.speculative.cost_curve import CostCurve
+from aios_sched.speculative.decision import Decision, DraftPlan
 
 _LEAST_PROBABILITY = 0.04
 """Drafts less likely than that are not looked at: nowhere is a token of a step so cheap."""
@@ -42,6 +43,8 @@ _MORE_PROBES = 1.25
 """What the probes of a step may cost in all, relative to the first of them."""
 _MOST_PROBING = 2.0
 """Plain steps whose time may be saved up for one probe."""
+_RESTING_STEPS = 6
+"""Steps for which nothing is decided after a decision not to draft: deciding takes 0.1 ms, some steps 2."""
 _TOKEN_SLOPE, _DEPTH_SLOPE = 0.003, 0.3
 """Beliefs about `CostCurve`: low, since what is believed cheap is tried and found out."""
 
@@ -56,7 +59,7 @@ class AdaptiveController:
         trace_length: Decisions to remember.
 
     Attributes:
-        trace: The latest decisions, oldest first.
+        trace: The latest decisions, oldest first; steps of rest have none.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -78,7 +81,7 @@ class AdaptiveController:
         self._proposer_costs = CostCurve(slope=_DEPTH_SLOPE)
         self._asked: dict[str, int] = {}
         self._asked_before: dict[str, int] = {}
-        self._plan: _Plan | None = None
+        self._plan: DraftPlan | None = None
         self._num_steps = 0
         self._num_steps_with_drafts = 0
         self._balance: float | None = None
@@ -88,12 +91,19 @@ class AdaptiveController:
         self._drafted: set[str] = set()  # requests that had drafts
         self._settled: set[str] = set()  # those that had some before the step
         self._speedup = 1.0  # expected of the latest plan
+        self._rest = 0  # steps for which nothing is decided
+        self._num_planned_for = 0  # requests that ran when the latest plan was made
         self.trace: deque[Decision] = deque(maxlen=trace_length)
 
     def num_drafts(self, request_id: str, *, num_requests: int) -> int:
         """See `base.DraftController`."""
+        if self._rest and num_requests == self._num_planned_for and request_id in self._requests:
+            self._asked[request_id] = 0
+            return 0
+        self._rest = 0
         if self._plan is None:
             self._plan = self._make_plan(num_requests)
+            self._num_planned_for = num_requests
         acceptance = self._requests.get(request_id)
         if acceptance is None:
             acceptance = self._requests[request_id] = Acceptance(self._common)
@@ -121,12 +131,18 @@ class AdaptiveController:
     ) -> None:
         """See `base.DraftController`."""
         self._num_steps += 1
+        if self._rest:
+            self._rest -= 1
+            self._save_up(seconds)
+            return
         self._num_steps_with_drafts = self._num_steps_with_drafts + 1 if num_drafts else 0
         if num_tokens - num_drafts == num_requests:  # chunks of prompts cost something else
             self._step_costs.note(num_tokens, seconds)
         self._note_proposer(num_requests, proposer_seconds)
         if num_requests and self._step_costs.is_known:
             self._account(num_requests, num_tokens, num_drafts, seconds, proposer_seconds)
+            if self._plan is not None and self._plan.kind == "plain" and self._num_steps > _FIRST_STEPS:
+                self._rest = 0 if num_drafts else _RESTING_STEPS
         self._asked_before, self._asked, self._plan = self._asked, {}, None
         self._settled = self._drafted.copy()
 
@@ -172,6 +188,13 @@ class AdaptiveController:
         self._probe_seconds = min(probe_seconds, _MOST_PROBING * plain)
         self._record(num_requests, num_drafts, seconds, proposing, plain)
 
+    def _save_up(self, seconds: float) -> None:
+        """A step passed without a thought of drafts: what they may cost has grown by their share of it."""
+        assert self._balance is not None, "nobody rests before the first account"
+        plain = self._token_seconds * self._num_planned_for
+        self._balance = min(self._balance + self._loss_share * seconds, _MOST_CREDIT * plain)
+        self._probe_seconds = min(self._probe_seconds + self._probe_share * seconds, _MOST_PROBING * plain)
+
     def _record(self, num_requests: int, num_drafts: int, seconds: float, proposing: float, plain: float) -> None:
         assert self._balance is not None
         decision = Decision(
@@ -192,17 +215,17 @@ class AdaptiveController:
 
     # -- what to do next -------------------------------------------------------------------------
 
-    def _make_plan(self, num_requests: int) -> _Plan:
+    def _make_plan(self, num_requests: int) -> DraftPlan:
         if self._num_steps < _FIRST_STEPS or not self._step_costs.is_known:
-            return _Plan(kind="plain", num_drafts={})
+            return DraftPlan(kind="plain", num_drafts={})
         least, most = _PLAIN_EVERY
         if self._num_steps_with_drafts >= min(least * self._speedup**4, most):
-            return _Plan(kind="refresh", num_drafts=dict.fromkeys(self._requests, 0))
+            return DraftPlan(kind="refresh", num_drafts=dict.fromkeys(self._requests, 0))
         asked = {name: self._requests[name] for name in self._asked_before if name in self._requests}
         plan = self._best_plan(num_requests, asked)
         return plan if plan.probe_seconds else self._with_probes(plan, num_requests, set(asked))
 
-    def _best_plan(self, num_requests: int, asked: dict[str, Acceptance]) -> _Plan:
+    def _best_plan(self, num_requests: int, asked: dict[str, Acceptance]) -> DraftPlan:
         """The likeliest drafts of all requests, as many as give the most tokens per second.
 
         In debt, only what probing may cost: if they are right, they pay it back.
@@ -226,11 +249,13 @@ class AdaptiveController:
             if name in asked:
                 num_drafts[name] += 1
         if not best_count:
-            return _Plan(kind="plain", num_drafts=num_drafts)
+            return DraftPlan(kind="plain", num_drafts=num_drafts)
         least = candidates[best_count - 1][0]
         if is_free:
-            return _Plan(kind="drafts", num_drafts=num_drafts, least_probability=least)
-        return _Plan(kind="probe", num_drafts=num_drafts, least_probability=least, probe_seconds=max(best_cost, 0.0))
+            return DraftPlan(kind="drafts", num_drafts=num_drafts, least_probability=least)
+        return DraftPlan(
+            kind="probe", num_drafts=num_drafts, least_probability=least, probe_seconds=max(best_cost, 0.0)
+        )
 
     def _candidates(self, asked: list[tuple[str, Acceptance]]) -> list[tuple[float, int, str]]:
         """Drafts by their probability: (probability, place in its row, request), likeliest first."""
@@ -248,7 +273,7 @@ class AdaptiveController:
         largest = max(self._step_costs.largest_size, num_requests)
         return largest + max(4, largest // 4) - num_requests
 
-    def _with_probes(self, plan: _Plan, num_requests: int, asked: set[str]) -> _Plan:
+    def _with_probes(self, plan: DraftPlan, num_requests: int, asked: set[str]) -> DraftPlan:
         """Adds a draft for requests that have gone without for longest, as many as there is time for."""
         count = sum(plan.num_drafts.values())
         costs, plain = self._step_costs, self._step_costs.seconds(num_requests)
@@ -273,7 +298,7 @@ class AdaptiveController:
             self._requests[name] = self._requests.pop(name)
         num_drafts = plan.num_drafts | dict.fromkeys(probed, 1)
         kind = "drafts" if count else "probe"
-        return _Plan(
+        return DraftPlan(
             kind=kind, num_drafts=num_drafts, least_probability=plan.least_probability, probe_seconds=max(seconds, 1e-9)
         )
 
@@ -281,45 +306,3 @@ class AdaptiveController:
         if self._proposer_costs.is_known:
             return self._proposer_costs.hopeful(depth)
         return _UNKNOWN_PROPOSER * plain_seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """One step, for a plot.
-
-    Attributes:
-        step: Counts up.
-        kind: "plain" without drafts, "drafts" because they pay, "probe" with one that is to find out whether they
-            would, "refresh" without any, to measure that.
-        num_requests: Rows in it.
-        num_wanted: Drafts that were asked for.
-        num_drafts: Drafts that were checked.
-        num_accepted: Drafts that were right, since the decision before.
-        acceptance: Estimated probability that a request's first draft is right, over all requests.
-        seconds: Of the step.
-        proposer_seconds: Of proposing for it.
-        plain_seconds: What it would have taken without drafts, as far as is known.
-        balance_seconds: The ledger behind it: what drafts may still cost.
-    """
-
-    step: int
-    kind: Literal["plain", "drafts", "probe", "refresh"]
-    num_requests: int
-    num_wanted: int
-    num_drafts: int
-    num_accepted: int
-    acceptance: float
-    seconds: float
-    proposer_seconds: float
-    plain_seconds: float
-    balance_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What requests get in the next step; those that are not in it, whatever is as likely as `least_probability`."""
-
-    kind: Literal["plain", "drafts", "probe", "refresh"]
-    num_drafts: dict[str, int]
-    least_probability: float = 2.0
-    probe_seconds: float = 0.0
