@@ -104,6 +104,7 @@ TENSOR_MODULES = {
     "aios_serve": (
         "backend",
         "build",
+        "draft_part",
         "model_part",
         "served_rank",
         "structured.bitmask",

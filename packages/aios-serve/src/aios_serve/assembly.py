@@ -28,6 +28,7 @@ from aios_serve.engine_port import EnginePort, StepTokenCounter
 from aios_serve.model_info import EngineInfo
 
 if TYPE_CHECKING:
+    from aios_sched.speculative.base import Proposer
     from aios_serve.engine_port import Prepare
 
 CPU_STEP_TOKENS = 256
@@ -93,17 +94,18 @@ def assemble(
     )
 
 
-def make_drafting(config: EngineConfig, *, vocab_size: int) -> Drafting | None:
+def make_drafting(config: EngineConfig, *, vocab_size: int, proposer: Proposer | None = None) -> Drafting | None:
     """Who guesses tokens ahead, as `config` asks for; None for nobody.
 
     Args:
         config: The options.
         vocab_size: Width of the model's output.
+        proposer: A draft model, if `config` asks for one.
     """
     speculative = config.speculative
     if speculative is None:
         return None
-    return Drafting(make_proposer(speculative), make_controller(speculative), vocab_size=vocab_size)
+    return Drafting(proposer or make_proposer(speculative), make_controller(speculative), vocab_size=vocab_size)
 
 
 def close_all(executor: Executor, drafting: Drafting | None) -> Callable[[], None]:

@@ -30,6 +30,7 @@ from aios_serve.assembly import (
     tier_plan,
 )
 from aios_serve.config import EngineConfig
+from aios_serve.draft_part import draft_proposer
 from aios_serve.model_info import EngineInfo, with_tiers
 from aios_serve.model_part import ModelPart, Progress
 from aios_serve.served_model import find_model, served_vocabulary
@@ -71,7 +72,10 @@ def build_engine(config: EngineConfig, *, progress: Progress | None = None, impo
     executor = OverlappedExecutor(runner) if overlaps else LocalExecutor(runner)
     return_freed_memory()
     books = tier_books(config, tiers, [] if mover is None else [mover.measure()])
-    drafting = make_drafting(config, vocab_size=executor.vocab_size)
+    proposer = draft_proposer(
+        part, plan, logits_processors=[GrammarProcessor(grammars, vocab_size=width)], progress=report
+    )
+    drafting = make_drafting(config, vocab_size=width, proposer=proposer)
     port = assemble(config, plan, limits, executor, tiers=books, prepare=grammars.prepare, drafting=drafting)
     load_seconds = time.perf_counter() - started
     info = describe(config, files, part, plan, limits, import_seconds=import_seconds, load_seconds=load_seconds)

@@ -293,6 +293,12 @@ class EngineConfig:
         for name, policy in (("priority_aging_seconds", "priority"), ("tenant_weights", "fair")):
             if getattr(self, name) is not None and self.scheduling_policy != policy:
                 raise _bad(name, getattr(self, name), f"it needs scheduling_policy={policy!r}")
+        if self.speculative is not None and self.speculative.needs_model and self.num_ranks > 1:
+            raise _bad(
+                "speculative",
+                self.speculative.method,
+                "a draft model runs on one device, beside the served one; ranks take 'suffix' or 'ngram'",
+            )
         if self.expert_parallel and self.tensor_parallel == 1:
             raise _bad("expert_parallel", True, "experts are dealt out to the tensor_parallel ranks; ask for 2 or more")
 

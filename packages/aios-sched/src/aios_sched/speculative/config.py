@@ -12,6 +12,9 @@ from aios_model.errors import ConfigError
 METHODS: dict[str, tuple[str, ...]] = {
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
     "suffix": ("suffix_min_match", "suffix_min_probability", "suffix_store_tokens"),
+    "draft_model": ("model", "quantization"),
+    "self": ("quantization",),
+    "early_exit": ("num_layers",),
 }
 """Who drafts, and the options that each method has beside those of all methods."""
 
@@ -19,7 +22,8 @@ MAX_DRAFTS = 32
 """Most drafts of a request in one step. More are never right, and the sampler remembers no further back."""
 
 _MAX_NGRAM = 32
-_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+_WITH_A_MODEL = ("draft_model", "self", "early_exit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +32,17 @@ class SpeculativeConfig:
 
     Attributes:
         method: "ngram" looks for what followed the last tokens when they occurred before; "suffix" does so with matches
-            of any length, in recent outputs of the same salt, too.
+            of any length, in recent outputs of the same salt, too. "draft_model" is a smaller model with the same
+            tokens, "self" a copy of the served one with fewer bits, "early_exit" its first layers.
         num_speculative_tokens: Drafts per request and step, at most.
         adaptive: Whether as many are made as are worth their time, down to none; else always that many.
         prompt_lookup_max: "ngram": most tokens to look for; None is 4, or `prompt_lookup_min` if that is more.
         prompt_lookup_min: "ngram": fewest tokens to look for; None is 2, or `prompt_lookup_max` if that is less.
         suffix_min_match: "suffix": shortest match, in tokens; None is 2.
         suffix_min_probability: "suffix": drafts end where all of them together are believed less; None is 0.25.
+        model: "draft_model": folder, GGUF file or hub name.
+        quantization: "draft_model" and "self": bits of the drafting weights; None is "auto", for "self" "int4".
+        num_layers: "early_exit": how many layers draft.
         suffix_store_tokens: "suffix": tokens of recent outputs to keep, 0 for none; None is 262,144.
 
     Raises:
@@ -49,6 +57,9 @@ class SpeculativeConfig:
     suffix_min_match: int | None = None
     suffix_min_probability: float | None = None
     suffix_store_tokens: int | None = None
+    model: str | None = None
+    quantization: str | None = None
+    num_layers: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, str) or self.method not in METHODS:
@@ -64,6 +75,9 @@ class SpeculativeConfig:
                 f"it must be at least 1 and at most prompt_lookup_max={high}, which goes up to {_MAX_NGRAM}",
             )
         self._check_suffix_options()
+        for method, name in (("draft_model", "model"), ("early_exit", "num_layers")):
+            if self.method == method and not getattr(self, name):
+                raise _bad(name, getattr(self, name), f"method {method!r} needs it")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> SpeculativeConfig:
@@ -112,6 +126,11 @@ class SpeculativeConfig:
             raise _bad("suffix_min_probability", self.suffix_min_probability, "it must be above 0 and at most 1")
         if self.suffix_store_tokens is not None and self.suffix_store_tokens < 0:
             raise _bad("suffix_store_tokens", self.suffix_store_tokens, "it must be 0 or more")
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether a model drafts, which somebody has to load."""
+        return self.method in _WITH_A_MODEL
 
     @property
     def suffix_options(self) -> dict[str, float]:

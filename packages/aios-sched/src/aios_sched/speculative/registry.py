@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_proposer(config: SpeculativeConfig) -> Proposer:
-    """Who drafts."""
+    """Who drafts, if no model does."""
     if config.method == "suffix":
         return SuffixProposer(**config.suffix_options)  # type: ignore[arg-type]
     assert config.method == "ngram", "the configuration has checked it"
