@@ -117,7 +117,7 @@ def _fetches_before_it_stores(monkeypatch):
 
 
 def _repeats_moves_after_a_failure(monkeypatch):
-    def broken(self, first_swap, swaps, *, has_copies):
+    def broken(self, first_swap, swaps):
         self._swaps[:0] = swaps
 
     monkeypatch.setattr(PageTiers, "rollback", broken)

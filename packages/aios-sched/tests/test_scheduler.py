@@ -341,21 +341,26 @@ def test_step_rolled_back_is_planned_again_as_it_was(lab):
     assert set(again.finished_request_ids) == {"a", "b"}, "runners forget what the failed step left behind"
 
 
-def test_page_copies_of_a_step_rolled_back_are_made_again(lab):
-    scheduler, runner = lab.make_scheduler(enable_prefix_caching=False), lab.PageStoreRunner(4)
-    pages = scheduler.block_manager
-    scheduler.add(request := lab.make_request("a", [1] * 5, max_tokens=4))
+def test_a_request_starts_over_if_the_step_that_copied_a_page_for_it_is_rolled_back(lab):
+    """The page it was copied from may be somebody else's by then; the copy must not be made again."""
+    scheduler, runner = lab.make_scheduler(max_num_batched_tokens=64), lab.PageStoreRunner(4)
+    leader, fork = (lab.make_request(name, [1] * 7, seed=seed) for seed, name in enumerate(("leader", "fork")))
+    scheduler.add(leader)
     scheduler.update(step := scheduler.schedule(), runner.execute(step))
-    pages.fork("a", "sibling")  # what parallel sampling by forks would do: both may write into the second page now
+    scheduler.add(fork)
     step = scheduler.schedule()
-    assert len(step.block_copies) == 1
-    scheduler.rollback(step)
-    assert scheduler.schedule(only="nobody") is None
+    [copy] = step.block_copies
+    scheduler.abort(["leader"])
+    runner.execute(step)
+    scheduler.rollback(step)  # which frees the page that was copied
+    assert fork.status is RequestStatus.PREEMPTED
+    scheduler.add(other := lab.make_request("other", [2] * 7))
     again = scheduler.schedule()
-    assert again.block_copies == step.block_copies
+    assert copy not in again.block_copies
     scheduler.update(again, runner.execute(again))
     lab.run_until_done(scheduler, runner)
-    assert request.output_token_ids == alone(lab, request)
+    assert fork.output_token_ids == alone(lab, fork)
+    assert other.output_token_ids == alone(lab, other)
 
 
 def test_planning_that_fails_at_one_request_names_it_and_loses_nothing(lab, monkeypatch):

@@ -93,7 +93,7 @@ class KeepsSavedPagesOfTheDead(Scheduler):
 class SendsMovesUnderNewNumbers(Scheduler):
     def rollback(self, output):
         if (tiers := self.block_manager.tiers) is not None:
-            tiers.rollback = lambda first, swaps, *, has_copies: tiers._swaps.__setitem__(slice(0, 0), swaps)
+            tiers.rollback = lambda first, swaps: tiers._swaps.__setitem__(slice(0, 0), swaps)
         super().rollback(output)
 
 

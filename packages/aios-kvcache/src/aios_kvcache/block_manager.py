@@ -22,7 +22,7 @@ The scheduler is the only caller, from one thread; nothing here is locked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from aios_kvcache.block import Block, BlockCopy, PageContent
 from aios_kvcache.block_pool import BlockPool
@@ -331,10 +331,13 @@ class BlockManager:
         """
         if self.tiers is None or not swaps:
             return []
-        broken = self.tiers.settle(first_swap, swaps, lost)
-        if not broken:
+        return self.holders(self.tiers.settle(first_swap, swaps, lost))
+
+    def holders(self, block_ids: Set[int]) -> list[str]:
+        """The sequences that hold any of these pages."""
+        if not block_ids:
             return []
-        return [name for name, sequence in self._sequences.items() if not broken.isdisjoint(sequence.table)]
+        return [name for name, sequence in self._sequences.items() if not block_ids.isdisjoint(sequence.table)]
 
     def free(self, sequence_id: str) -> None:
         """Gives all pages of a sequence back; published ones stay findable until their room is needed.

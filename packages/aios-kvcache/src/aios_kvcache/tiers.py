@@ -210,12 +210,11 @@ class PageTiers:
         self._is_suspended = False
         return first, swaps
 
-    def rollback(self, first_swap: int, swaps: Sequence[Swap], *, has_copies: bool) -> None:
+    def rollback(self, first_swap: int, swaps: Sequence[Swap]) -> None:
         """A step failed, the newest that was sent: the next one carries its moves again, under their old numbers."""
         assert first_swap + len(swaps) == self._num_sent, "steps are rolled back in another order than newest first"
         self._num_sent = first_swap
         self._swaps[:0] = swaps
-        self._is_suspended = self._is_suspended or has_copies
 
     def settle(self, first_swap: int, swaps: Sequence[Swap], lost: Sequence[int]) -> set[int]:
         """A step returned. What could not be read is forgotten.

@@ -142,7 +142,7 @@ class ModelDriver:
         """A step fails, having made some of its moves; they come again with the next one."""
         first, swaps = self.tiers.take_swaps()
         self.runner.move(first, swaps, stop=draw.randint(0, len(swaps)))
-        self.tiers.rollback(first, swaps, has_copies=False)
+        self.tiers.rollback(first, swaps)
         self.num_failed += bool(swaps)
         self.check()
 

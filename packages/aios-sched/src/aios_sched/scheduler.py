@@ -286,8 +286,9 @@ class Scheduler:
     def rollback(self, output: SchedulerOutput) -> None:
         """Undoes a step that failed. With several in flight, undo the newest first, and all behind the failed one.
 
-        The requests keep their pages and are scheduled again; copies of pages are made again as well, for nobody knows
-        whether the step got that far. For the same reason runners forget what they remember of these requests.
+        The requests keep their pages and are scheduled again. Nobody knows how far the step got, so runners forget what
+        they remember of these requests, and those for whom pages were to be copied start over: the copies cannot be
+        made again, for what they copy from may belong to others by now and be written to.
         """
         for row in output.requests:
             request = self._requests[row.request_id]
@@ -298,9 +299,10 @@ class Scheduler:
             elif row.num_drafts:
                 self.block_manager.truncate(request.request_id, row.start + row.num_known_tokens)
         if (tiers := self.block_manager.tiers) is not None:
-            tiers.rollback(output.first_swap, output.swaps, has_copies=bool(output.block_copies))
+            tiers.rollback(output.first_swap, output.swaps)
+        for request_id in self.block_manager.holders({copy.destination for copy in output.block_copies}):
+            self._requests[request_id].has_lost_pages = self._has_losses = True
         self._restart_those_who_lost_pages()
-        self._planner.block_copies[:0] = output.block_copies
         self._forgettable_ids += output.finished_request_ids
         self._forgettable_ids += (row.request_id for row in output.requests)
 
