@@ -46,20 +46,49 @@ class Executor(Protocol):
         ...
 
 
-class StepRunner(Protocol):
-    """Runs one step, here and now: `ModelRunner`, or a mock in tests."""
+class HasVocabulary(Protocol):
+    """Runs steps of a model."""
 
     @property
     def vocab_size(self) -> int:
         """Width of the model's output."""
         ...
 
+
+class StepRunner(HasVocabulary, Protocol):
+    """Runs one step, here and now: `ModelRunner`, or a mock in tests."""
+
     def execute(self, output: SchedulerOutput) -> StepResult:
         """Computes the step's tokens, and draws the next one for each request that samples."""
         ...
 
 
-class LocalExecutor:
+class InProcessExecutor:
+    """What executors have in common whose runner is in this process.
+
+    Args:
+        runner: Runs steps, somehow.
+    """
+
+    def __init__(self, runner: HasVocabulary) -> None:
+        self._owned = runner
+
+    @property
+    def vocab_size(self) -> int:
+        """The runner's."""
+        return self._owned.vocab_size
+
+    def check(self) -> None:
+        """Steps run from this process: as long as somebody asks, they can."""
+
+    def shutdown(self) -> None:
+        """Closes the runner, if it has anything to close."""
+        close = getattr(self._owned, "close", None)
+        if close is not None:
+            close()
+
+
+class LocalExecutor(InProcessExecutor):
     """Runs each step in this process, before `submit` returns.
 
     Args:
@@ -69,12 +98,8 @@ class LocalExecutor:
     max_steps_in_flight = 1
 
     def __init__(self, runner: StepRunner) -> None:
+        super().__init__(runner)
         self._runner = runner
-
-    @property
-    def vocab_size(self) -> int:
-        """The runner's."""
-        return self._runner.vocab_size
 
     def submit(self, output: SchedulerOutput) -> StepHandle:
         """Runs the step; what it raises is kept for `result()`, where errors of every executor turn up."""
@@ -82,15 +107,6 @@ class LocalExecutor:
             return FinishedStep(self._runner.execute(output))
         except Exception as error:
             return FailedStep(error)
-
-    def check(self) -> None:
-        """Steps run in this process: as long as somebody asks, they can."""
-
-    def shutdown(self) -> None:
-        """Closes the runner, if it has anything to close."""
-        close = getattr(self._runner, "close", None)
-        if close is not None:
-            close()
 
 
 class FinishedStep:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from aios_sched.executor import FailedStep
+from aios_sched.executor import FailedStep, HasVocabulary, InProcessExecutor
 
 if TYPE_CHECKING:
     from aios_sched.executor import StepHandle
     from aios_sched.output import SchedulerOutput
 
 
-class LaunchingRunner(Protocol):
+class LaunchingRunner(HasVocabulary, Protocol):
     """Gives steps to a device that computes on its own: `ModelRunner`, or a mock in tests."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the model's output."""
-        ...
 
     def launch(self, output: SchedulerOutput) -> StepHandle:
         """Starts a step and returns at once; `result()` waits for it.
@@ -28,7 +23,7 @@ class LaunchingRunner(Protocol):
         ...
 
 
-class OverlappedExecutor:
+class OverlappedExecutor(InProcessExecutor):
     """Launches each step behind the one that computes, for schedulers with `schedule_ahead`.
 
     Two steps are enough: one computes, one waits behind it. A third would make newcomers wait longer, and nothing
@@ -41,12 +36,8 @@ class OverlappedExecutor:
     max_steps_in_flight = 2
 
     def __init__(self, runner: LaunchingRunner) -> None:
+        super().__init__(runner)
         self._runner = runner
-
-    @property
-    def vocab_size(self) -> int:
-        """The runner's."""
-        return self._runner.vocab_size
 
     def submit(self, output: SchedulerOutput) -> StepHandle:
         """Launches the step; what that raises is kept for `result()`, where errors of every executor turn up."""
@@ -54,12 +45,3 @@ class OverlappedExecutor:
             return self._runner.launch(output)
         except Exception as error:
             return FailedStep(error)
-
-    def check(self) -> None:
-        """Steps are launched from this process: as long as somebody asks, they can."""
-
-    def shutdown(self) -> None:
-        """Closes the runner, if it has anything to close."""
-        close = getattr(self._runner, "close", None)
-        if close is not None:
-            close()
